@@ -1,0 +1,174 @@
+"""Coupled structures as pure data: which positions of which parameters can only be removed together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.errors import PlanError
+
+Role = Literal["producer", "consumer"]
+IndexArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One axis of one parameter that takes part in a group.
+
+    Attributes:
+        parameter: name in the model's state dict.
+        dim: the dimension of the parameter.
+        index: [units, width]; row u holds the positions on that dimension which belong to unit u, whatever the layout
+            (contiguous block, strided, interleaved, several segments of a fused projection).
+        role: `consumer` if a contraction sums over this axis (input columns of `down_proj`), else `producer`.
+    """
+
+    parameter: str
+    dim: int
+    index: IndexArray
+    role: Role = "producer"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """All axes that share one index set. Removing unit u removes row u of every member's `index`.
+
+    Attributes:
+        name: stable and readable, for example `model.layers.0.mlp/ffn_channel`.
+        kind: `ffn_channel`, `attention_head`, `kv_group`, `query_head`, `hidden`, `layer`, or `other`.
+        units: how many units there are.
+        members: the axes; empty for `layer`.
+        blocks: for kind `layer` only, the module path of each unit.
+        refusals: why the group must not be pruned; empty if it may.
+    """
+
+    name: str
+    kind: str
+    units: int
+    members: tuple[Member, ...] = ()
+    blocks: tuple[str, ...] = ()
+    refusals: tuple[str, ...] = ()
+
+    @property
+    def prunable(self) -> bool:
+        return not self.refusals
+
+    @property
+    def family(self) -> str:
+        """The name with layer numbers replaced by `*`: groups of one family play the same part in each layer."""
+        return re.sub(r"\.\d+(?=[./]|$)", ".*", self.name)
+
+    @property
+    def layer(self) -> int | None:
+        """Number of the layer the group lies in, or None for a group that spans layers."""
+        found = re.search(r"\.(\d+)(?=[./]|$)", self.name)
+        return int(found.group(1)) if found else None
+
+
+Kept = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, eq=False)
+class Groups(Sequence[Group]):
+    """The groups of one model, with the shapes needed to count parameters.
+
+    Attributes:
+        groups: every group, refused ones included.
+        shapes: shape of every parameter and persistent buffer in the state dict, tied ones once.
+        buffers: the names in `shapes` that are buffers; they are cut like parameters but not counted.
+        tied: further state-dict names of a parameter -> the name it is listed under.
+    """
+
+    groups: tuple[Group, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    buffers: frozenset[str] = frozenset()
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, i):  # type: ignore[no-untyped-def]
+        return self.groups[i]
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self.groups)
+
+    def named(self, name: str) -> Group:
+        """The group called `name`.
+
+        Raises:
+            PlanError: there is none.
+        """
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise PlanError(f"the model has no group {name!r}; `secateur groups MODEL` lists those it has")
+
+    @property
+    def prunable(self) -> tuple[Group, ...]:
+        return tuple(g for g in self.groups if g.prunable)
+
+    def of_kinds(self, kinds: Sequence[str]) -> tuple[Group, ...]:
+        """The prunable groups of these kinds."""
+        return tuple(g for g in self.prunable if g.kind in kinds)
+
+    def families(self, kinds: Sequence[str]) -> dict[str, list[Group]]:
+        """The prunable groups of these kinds, by family."""
+        found: dict[str, list[Group]] = {}
+        for group in self.of_kinds(kinds):
+            found.setdefault(group.family, []).append(group)
+        return found
+
+    @property
+    def total_parameters(self) -> int:
+        """Number of parameters of the uncut model, tied ones counted once."""
+        return sum(int(np.prod(s)) for n, s in self.shapes.items() if n not in self.buffers)
+
+    def kept_positions(self, kept: Kept) -> dict[str, dict[int, IndexArray]]:
+        """Which positions survive on every axis that changes: parameter -> dim -> ascending positions.
+
+        Parameters inside removed layers are absent; `removed_blocks` names those layers.
+        """
+        masks: dict[tuple[str, int], NDArray[np.bool_]] = {}
+        for name, units in kept.items():
+            group = self.named(name)
+            gone = np.setdiff1d(np.arange(group.units), np.asarray(units, dtype=np.int64))
+            if gone.size == 0:
+                continue
+            for m in group.members:
+                mask = masks.setdefault((m.parameter, m.dim), np.ones(self.shapes[m.parameter][m.dim], dtype=bool))
+                mask[m.index[gone].ravel()] = False
+        positions: dict[str, dict[int, IndexArray]] = {}
+        for (parameter, dim), mask in masks.items():
+            positions.setdefault(parameter, {})[dim] = np.flatnonzero(mask)
+        return positions
+
+    def removed_blocks(self, kept: Kept) -> tuple[str, ...]:
+        """Module paths of the layers that go."""
+        gone: list[str] = []
+        for name, units in kept.items():
+            group = self.named(name)
+            gone += [block for u, block in enumerate(group.blocks) if u not in set(units)]
+        return tuple(gone)
+
+    def remaining_shapes(self, kept: Kept) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter and buffer that is left when only the `kept` units stay."""
+        positions = self.kept_positions(kept)
+        gone = tuple(block + "." for block in self.removed_blocks(kept))
+        left: dict[str, tuple[int, ...]] = {}
+        for name, shape in self.shapes.items():
+            if gone and name.startswith(gone):
+                continue
+            dims = positions.get(name, {})
+            left[name] = tuple(len(dims[d]) if d in dims else size for d, size in enumerate(shape))
+        return left
+
+    def remaining_parameters(self, kept: Kept) -> int:
+        """Number of parameters left when only the `kept` units stay (groups not named keep everything)."""
+        shapes = self.remaining_shapes(kept)
+        return sum(int(np.prod(s)) for n, s in shapes.items() if n not in self.buffers)

@@ -1,0 +1,138 @@
+"""A pruning plan: which units stay, and where the decision came from. Readable, diffable, replayable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import PlanError
+from secateur.groups import Groups
+
+SCHEMA = 1
+
+
+def format_ranges(units: tuple[int, ...]) -> str:
+    """`(0, 1, 2, 5, 7, 8)` -> `"0-2,5,7-8"`."""
+    runs = []
+    for _, run in groupby(enumerate(units), key=lambda pair: pair[1] - pair[0]):
+        numbers = [u for _, u in run]
+        runs.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+    return ",".join(runs)
+
+
+def parse_ranges(text: str) -> tuple[int, ...]:
+    """The inverse of `format_ranges`.
+
+    Raises:
+        ValueError: the text is not a list of ascending ranges.
+    """
+    units: list[int] = []
+    for run in filter(None, text.split(",")):
+        first, _, last = run.partition("-")
+        units.extend(range(int(first), int(last or first) + 1))
+    if any(b <= a for a, b in zip(units, units[1:], strict=False)):
+        raise ValueError(f"units must ascend: {text!r}")
+    return tuple(units)
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """The units that stay, for every group that loses some.
+
+    Attributes:
+        kept: group name -> units that stay, ascending.
+        units: group name -> number of units before the cut.
+        provenance: criterion, data, seed, versions, checkpoint hash: whatever the decision depends on.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
+    units: Mapping[str, int]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def removed(self, name: str) -> tuple[int, ...]:
+        """The units of group `name` that go."""
+        kept = set(self.kept[name])
+        return tuple(u for u in range(self.units[name]) if u not in kept)
+
+    def check(self, groups: Groups) -> None:
+        """Make sure that the plan belongs to the model these groups were discovered on.
+
+        Raises:
+            PlanError: a group is missing, refused, of another size, or would lose every unit.
+        """
+        for name, kept in self.kept.items():
+            group = groups.named(name)
+            if group.units != self.units[name]:
+                raise PlanError(
+                    f"the plan was made for another model: {name} has {group.units} units here, "
+                    f"{self.units[name]} in the plan"
+                )
+            if kept and kept[-1] >= group.units:
+                raise PlanError(f"the plan keeps unit {kept[-1]} of {name}, which has only {group.units}")
+            if len(kept) == group.units:
+                continue
+            if not group.prunable:
+                raise PlanError(f"{name} cannot be pruned: {group.refusals[0]}")
+            if not kept:
+                raise PlanError(f"the plan removes every unit of {name}; at least one must stay")
+
+    def compose(self, later: PruningPlan) -> PruningPlan:
+        """This plan followed by `later`, which was made on the model this one leaves."""
+        kept, units = dict(self.kept), dict(self.units)
+        for name, chosen in later.kept.items():
+            before = kept.get(name, tuple(range(later.units[name])))
+            kept[name] = tuple(before[u] for u in chosen)
+            units.setdefault(name, later.units[name])
+        return PruningPlan(kept, units, {**self.provenance, **later.provenance})
+
+    def diff(self, other: PruningPlan) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Group name -> (units only this plan keeps, units only `other` keeps), for groups that differ."""
+        found = {}
+        for name in sorted({*self.kept, *other.kept}):
+            everything = tuple(range(self.units.get(name, other.units.get(name, 0))))
+            mine, theirs = set(self.kept.get(name, everything)), set(other.kept.get(name, everything))
+            if mine != theirs:
+                found[name] = (tuple(sorted(mine - theirs)), tuple(sorted(theirs - mine)))
+        return found
+
+    def to_json(self) -> str:
+        """JSON text; kept units are written as ranges (`"0-2,5"`)."""
+        groups = {n: {"units": self.units[n], "kept": format_ranges(k)} for n, k in self.kept.items()}
+        return json.dumps({"schema": SCHEMA, "provenance": dict(self.provenance), "groups": groups}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> PruningPlan:
+        """The inverse of `to_json`.
+
+        Raises:
+            PlanError: the text is not a plan.
+        """
+        try:
+            data = json.loads(text)
+            if data["schema"] != SCHEMA:
+                raise PlanError(f"plan schema {data['schema']} is unknown; this version reads schema {SCHEMA}")
+            kept = {name: parse_ranges(entry["kept"]) for name, entry in data["groups"].items()}
+            units = {name: int(entry["units"]) for name, entry in data["groups"].items()}
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"not a pruning plan: {type(error).__name__}: {error}") from error
+        return cls(kept, units, data.get("provenance", {}))
+
+    def save(self, path: Path | str) -> None:
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path | str) -> PruningPlan:
+        """Read a plan file.
+
+        Raises:
+            PlanError: the file is missing or is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan {path}: {error}") from error
+        return cls.from_json(text)
