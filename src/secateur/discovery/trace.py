@@ -7,8 +7,9 @@ takes seconds and no memory. See `rules/` for what each operation teaches.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -171,35 +172,42 @@ def unknown(trace: Trace, func: Any, tensors: Sequence[Tensor], results: Sequenc
         trace.set(result, [Axis(s, [hazard]) for s in result.shape])
 
 
-def run_trace(model: PreTrainedModel) -> Trace:
-    """Trace one forward pass of `model`, which may be on the meta device.
+def run_trace(model: PreTrainedModel, *, fake: bool = True) -> Trace:
+    """Trace one forward pass of `model`.
+
+    Args:
+        fake: trace on tensors without data; the model may be on the meta device. A forward pass that depends on values
+            is traced on the real tensors instead, as always if False.
 
     Raises:
         DiscoveryError: the forward pass fails.
     """
     import secateur.discovery.rules  # noqa: F401  (registers the rules)
 
-    trace = Trace()
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    with plain_forward(model), torch.no_grad():
-        try:
-            with fake:
-                replaced = _fake_copies(state)
-                ids = torch.zeros(BATCH, SEQ_LEN, dtype=torch.long)
-                _register(trace, model, replaced)
-                _forward(model, trace, replaced, ids)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            if any(t.is_meta for t in state.values()):
-                raise DiscoveryError(
-                    f"the forward pass of {type(model).__name__} depends on values ({error}); "
-                    "load the weights to discover its groups"
-                ) from error
-            trace = Trace()
-            _register(trace, model, state)
-            _forward(model, trace, state, torch.zeros(BATCH, SEQ_LEN, dtype=torch.long))
-        except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
-            raise DiscoveryError(f"cannot trace {type(model).__name__}: {error}") from error
+    try:
+        if not fake:
+            return _traced(model, state)
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _traced(model, _fake_copies(state))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        if any(t.is_meta for t in state.values()):
+            raise DiscoveryError(
+                f"the forward pass of {type(model).__name__} depends on values ({error}); "
+                "load the weights to discover its groups"
+            ) from error
+        return run_trace(model, fake=False)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise DiscoveryError(f"cannot trace {type(model).__name__}: {error}") from error
+
+
+def _traced(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Trace:
+    """Trace a forward pass with `state` in place of the model's own tensors."""
+    trace = Trace()
+    with plain_forward(model):
+        ids = torch.zeros(BATCH, SEQ_LEN, dtype=torch.long, device=next(iter(state.values())).device)
+        _register(trace, model, state)
+        _forward(model, trace, state, ids)
     return trace
 
 
@@ -261,16 +269,31 @@ def _observed_blocks(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
 
 @contextmanager
 def plain_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and eager attention, so that every operation is visible; restored afterwards."""
+    """The setting in which models are traced and compared.
+
+    Evaluation mode, no gradients, eager attention (so that every operation is visible), and for a float64 model no
+    detour through float32. Restored afterwards.
+    """
     training, attention = model.training, model.config._attn_implementation
     model.eval()
     _set_attention(model, "eager")
+    precision = DoublePrecision() if model.dtype == torch.float64 else nullcontext()
     try:
-        with _ListsAsSlices():
+        with torch.no_grad(), precision, _ListsAsSlices():
             yield
     finally:
         _set_attention(model, attention)
         model.train(training)
+
+
+class DoublePrecision(TorchDispatchMode):
+    """Keeps computations in float64 that a model would do in float32 (norms, rotary codes, softmax)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
 
 
 class _ListsAsSlices(TorchFunctionMode):
@@ -290,12 +313,21 @@ def _as_slice(index: Any) -> Any:
     return index
 
 
-def _set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """Switch the attention implementation; classes that fix theirs at construction warn and keep it, which is fine."""
-    logger = logging.getLogger("transformers.modeling_utils")
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the library's log while sizes and settings are tried that it may not like."""
+    logger = logging.getLogger("transformers")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
-        model.set_attn_implementation(implementation)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.setLevel(level)
+
+
+def _set_attention(model: PreTrainedModel, implementation: str) -> None:
+    """Switch the attention implementation; classes that fix theirs at construction keep it, which is fine."""
+    with quiet_transformers():
+        model.set_attn_implementation(implementation)

@@ -1,0 +1,140 @@
+"""The meaning of "without these units": the original model with every reduction restricted to the units that stay.
+
+Zeroing weights is not enough where a norm averages over the removed dimensions or a softmax over removed experts. Here
+the original weights run, and each operation that sums, averages or normalises over an axis sees only the positions that
+stay. A sliced model must give these logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from secateur.discovery.axes import Axis, keep_mask
+from secateur.discovery.grouping import build_groups
+from secateur.discovery.trace import BATCH, SEQ_LEN, Reduction, Trace, plain_forward, run_trace
+from secateur.errors import DiscoveryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+aten = torch.ops.aten
+
+
+class RestrictedReductions(TorchDispatchMode):
+    """Replays a traced forward pass, every recorded reduction on the kept positions only."""
+
+    def __init__(self, trace: Trace, kept: Mapping[Axis, NDArray[np.bool_]]) -> None:
+        super().__init__()
+        self.ops = trace.ops
+        self.step = 0
+        self.restricted: dict[int, list[tuple[Reduction, Tensor]]] = {}
+        for reduction in trace.reductions:
+            mask = keep_mask(reduction.axis, dict(kept))
+            if not mask.all():
+                entry = (reduction, torch.from_numpy(np.flatnonzero(mask)))
+                self.restricted.setdefault(reduction.step, []).append(entry)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        events = self.restricted.get(self.step, []) if self._is_next(func) else []
+        out = restrict(func, args, kwargs, events) if events else func(*args, **kwargs)
+        if any(isinstance(t, Tensor) for t in tree_iter(out)):
+            if not self._is_next(func):
+                raise DiscoveryError(f"operation {self.step} is {func} now, but was another when the model was traced")
+            self.step += 1
+        return out
+
+    def _is_next(self, func: Any) -> bool:
+        return self.step < len(self.ops) and self.ops[self.step] == str(func)
+
+
+def restrict(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], events: list[tuple[Reduction, Tensor]]) -> Any:
+    """Run one operation on the kept positions; an axis that survives it is filled up with zeros again."""
+    new = list(args)
+    for reduction, keep in events:
+        for position, dim in reduction.inputs:
+            new[position] = new[position].index_select(dim, keep.to(new[position].device))
+        if func.overloadpacket is aten.native_layer_norm:
+            new[1] = [len(keep)]
+    out = func(*new, **kwargs)
+    for reduction, keep in events:
+        if reduction.output_dim is None:
+            continue
+        first = out[0] if isinstance(out, tuple) else out
+        shape = list(first.shape)
+        shape[reduction.output_dim] = reduction.axis.size
+        full = first.new_zeros(shape).index_copy(reduction.output_dim, keep.to(first.device), first)
+        out = (full, *out[1:]) if isinstance(out, tuple) else full
+    return out
+
+
+@contextmanager
+def bypassed(model: PreTrainedModel, blocks: Sequence[str]) -> Iterator[None]:
+    """Let the hidden states pass these layers unchanged."""
+
+    def skip(_: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        entering = args[0] if args else kwargs["hidden_states"]
+        return (entering, *out[1:]) if isinstance(out, tuple) else entering
+
+    handles = [model.get_submodule(b).register_forward_hook(skip, with_kwargs=True) for b in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Reference:
+    """Logits of one model without some of its units; traces the model once, on its own weights.
+
+    Attributes:
+        groups: the groups of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.trace = run_trace(model, fake=False)
+        self.groups, self._leaves = build_groups(model, self.trace)
+
+    def logits(self, ids: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
+        """Logits [batch, length, vocab] with only the `kept` units; `ids` must have the traced shape.
+
+        Raises:
+            DiscoveryError: the model took another path than when it was traced.
+        """
+        masks: dict[Axis, NDArray[np.bool_]] = {}
+        for name, units in kept.items():
+            if name in self._leaves:
+                mask = np.zeros(self.groups.named(name).units, dtype=bool)
+                mask[list(units)] = True
+                masks[self._leaves[name].find()] = mask
+        restricted = RestrictedReductions(self.trace, masks)
+        with ExitStack() as stack:
+            stack.enter_context(bypassed(self.model, self.groups.removed_blocks(kept)))
+            stack.enter_context(plain_forward(self.model))
+            stack.enter_context(restricted)
+            logits: Tensor = self.model(ids, use_cache=False).logits
+        return logits
+
+
+def plain_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Logits of a model in the same setting as `Reference.logits`."""
+    with plain_forward(model):
+        logits: Tensor = model(ids, use_cache=False).logits
+    return logits
+
+
+def probe_ids(model: PreTrainedModel, seed: int = 0) -> Tensor:
+    """Random token ids of the traced shape [BATCH, SEQ_LEN]."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, (BATCH, SEQ_LEN), generator=generator).to(model.device)

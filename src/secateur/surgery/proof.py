@@ -1,0 +1,126 @@
+"""The proof behind every offered group: the sliced model gives the logits of the model without the units."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from secateur.discovery.reference import Reference
+from secateur.errors import PlanError
+from secateur.groups import Group
+from secateur.surgery.attributes import cut_modules
+from secateur.surgery.config_solver import ConfigSolver, build_on_meta
+from secateur.surgery.slicing import LogitCheck, rebuild
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+OFFERED_KINDS = ("ffn_channel", "attention_head", "kv_group", "query_head", "hidden", "layer")
+MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are proven on a shallow twin
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Outcome for one family of groups.
+
+    Attributes:
+        kind: kind of the groups.
+        family: their common name.
+        groups: how many groups the family has.
+        units: units per group.
+        kept: units kept per group in the test.
+        max_difference: largest absolute difference of logits in float64, None if no sliced model could be built.
+        route: `config` (a stock class loads the result), `modules` (runs in memory only), or `none`.
+        fields: configuration fields or module attributes that follow the cut.
+        reason: why the route is not `config`, or empty.
+    """
+
+    kind: str
+    family: str
+    groups: int
+    units: int
+    kept: int
+    max_difference: float | None
+    route: str
+    fields: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def proven(self) -> bool:
+        return self.route != "none"
+
+
+def prove(model: PreTrainedModel, kinds: Sequence[str] = OFFERED_KINDS, seed: int = 0) -> list[Proof]:
+    """Slice a quarter of the units of every family, others in each layer, and compare logits with the original.
+
+    Works in float64 on a copy of the model with noise on every weight (so that no bias is zero). Models on the meta
+    device or over `MAX_OWN_WEIGHTS` parameters are represented by a randomly initialised twin with two layers.
+    """
+    subject = _subject(model, seed)
+    reference = Reference(subject)
+    generator = np.random.default_rng(seed)
+    proofs = []
+    for family in dict.fromkeys(g.family for g in reference.groups.of_kinds(kinds)):
+        members = [g for g in reference.groups.prunable if g.family == family]
+        proofs.append(_prove_family(subject, reference, members, generator))
+    return proofs
+
+
+def _prove_family(
+    model: PreTrainedModel, reference: Reference, members: list[Group], generator: np.random.Generator
+) -> Proof:
+    group = members[0]
+    solver = ConfigSolver(model, reference.groups)
+    wanted = min(max(1, round(group.units * 0.75)), group.units - 1)
+    rule = solver.rule(group.family)
+    by_distance = sorted(range(1, group.units), key=lambda c: abs(c - wanted))[:32]
+    count = next((c for c in by_distance if rule and solver.feasible(group.family, c)), wanted)
+    kept = {g.name: tuple(sorted(generator.choice(g.units, count, replace=False).tolist())) for g in members}
+    check = LogitCheck(model, kept, reference)
+    facts = (group.kind, group.family, len(members), group.units, count)
+    try:
+        rebuild(model, reference.groups, kept, check)
+        return Proof(*facts, check.difference, "config", (*rule.fields, *rule.pins) if rule else ())
+    except PlanError as error:
+        reason = str(error)
+    cut = cut_modules(model, reference.groups, kept, check.same)
+    if cut is None:
+        return Proof(*facts, None, "none", (), reason)
+    return Proof(*facts, check.difference, "modules", cut[1], reason)
+
+
+def _subject(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """What the proof runs on: a float64 copy with noise, or a shallow twin."""
+    generator = torch.Generator().manual_seed(seed)
+    if any(p.is_meta for p in model.parameters()) or model.num_parameters() > MAX_OWN_WEIGHTS:
+        subject = _twin(model)
+    else:
+        subject = copy.deepcopy(model)
+    subject = subject.to("cpu").double().eval()
+    with torch.no_grad():
+        for parameter in subject.parameters():
+            spread = 0.1 * float(parameter.std()) if parameter.numel() > 1 else 0.0
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * max(spread, 0.05))
+    return subject
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and widths with two layers and random weights.
+
+    Raises:
+        PlanError: the class has no field for the number of layers.
+    """
+    from secateur.discovery import discover
+
+    groups = discover(model)
+    solver = ConfigSolver(model, groups)
+    for group in groups:
+        if group.kind == "layer" and solver.rule(group.family) is not None:
+            config = solver.edited(model.config, {group.name: range(min(2, group.units))})
+            return type(build_on_meta(type(model), config))._from_config(config, dtype=torch.float32)
+    raise PlanError(f"{type(model).__name__} is too large to prove on its own weights, and has no field to shorten it by")

@@ -1,0 +1,129 @@
+"""Final removal: a smaller model of a stock class, whose logits are those of the original without the removed units."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor
+
+from secateur.discovery import discover
+from secateur.discovery.reference import Reference, plain_logits, probe_ids
+from secateur.discovery.trace import quiet_transformers
+from secateur.errors import PlanError
+from secateur.groups import Groups, Kept
+from secateur.plan import PruningPlan
+from secateur.surgery.attributes import cut_modules
+from secateur.surgery.config_solver import ConfigSolver, build_on_meta, expected_shapes, shapes_of
+from secateur.surgery.state import cut_tensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+# Largest relative difference (Frobenius norm) of logits that rounding explains.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def slice(  # noqa: A001  (the field's word)
+    model: PreTrainedModel, plan: PruningPlan, groups: Groups | None = None, *, reloadable: bool = True
+) -> PreTrainedModel:
+    """Remove what `plan` removes; `model` itself is left as it is.
+
+    The result is built by the model's own class from an edited configuration, or, where that class refuses the sizes,
+    by a stock class with the same parameters. Its logits on a probe are compared with those of the original under
+    restricted reductions before it is returned.
+
+    Args:
+        reloadable: refuse widths that no stock class can load. If False, such a cut is made in a copy of the modules:
+            the result runs, but cannot be saved as a plain checkpoint.
+
+    Raises:
+        PlanError: the plan does not fit the model, or no stock class expresses the cut with the same logits.
+    """
+    groups = groups or discover(model)
+    plan.check(groups)
+    kept = {n: k for n, k in plan.kept.items() if len(k) < groups.named(n).units}
+    check = LogitCheck(model, kept)
+    try:
+        return rebuild(model, groups, kept, check)
+    except PlanError:
+        if reloadable:
+            raise
+    cut = cut_modules(model, groups, kept, check.same)
+    if cut is None:
+        raise PlanError("no setting of the modules' sizes gives a model with the right logits for this plan")
+    return cut[0]
+
+
+class LogitCheck:
+    """Compares candidates with the original model restricted to the units that stay."""
+
+    def __init__(self, model: PreTrainedModel, kept: Kept, reference: Reference | None = None) -> None:
+        self.ids = probe_ids(model)
+        self.wanted = (reference or Reference(model)).logits(self.ids, kept)
+        self.tolerance = TOLERANCE[model.dtype]
+        self.difference = float("inf")
+
+    def same(self, small: PreTrainedModel) -> bool:
+        """Whether the logits agree to rounding; `difference` is the largest absolute one."""
+        logits = plain_logits(small, self.ids)
+        self.difference = float((logits - self.wanted).abs().max())
+        relative = float((logits - self.wanted).norm() / self.wanted.norm())
+        return relative <= self.tolerance
+
+
+def rebuild(model: PreTrainedModel, groups: Groups, kept: Kept, check: LogitCheck) -> PreTrainedModel:
+    """The cut model, built from an edited configuration by the first class that gives the right logits.
+
+    Raises:
+        PlanError: there is none.
+    """
+    solver = ConfigSolver(model, groups)
+    wanted = expected_shapes(groups, kept)
+    reason = ""
+    for model_class, config in solver.targets():
+        try:
+            edited = solver.edited(config, kept)
+            if shapes_of(build_on_meta(model_class, edited)) != wanted:
+                reason = f"{model_class.__name__} builds other shapes than the cut needs"
+                continue
+        except PlanError as error:
+            reason = str(error)
+            continue
+        except Exception as error:  # configuration classes raise what they like for sizes they refuse
+            reason = reason or f"{type(config).__name__} refuses these sizes: {error}"
+            continue
+        small = load_tensors(model, model_class, edited, dict(cut_tensors(model, groups, kept)))
+        if check.same(small):
+            return small
+        reason = (
+            f"{model_class.__name__} builds the shapes but computes something else (logits differ by "
+            f"{check.difference:.2g}): it derives a constant from a size that was cut"
+        )
+    raise PlanError(reason)
+
+
+def load_tensors(
+    model: PreTrainedModel,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    tensors: Mapping[str, Tensor],
+) -> PreTrainedModel:
+    """A `model_class` with copies of these tensors, on the device, in the dtype and in the mode of `model`."""
+    # Buffers that the class computes itself are float32 in a float64 model too, as where the weights were loaded.
+    dtype = torch.float32 if model.dtype == torch.float64 else model.dtype
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        small = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+    small.load_state_dict({n: t.detach().clone() for n, t in tensors.items()}, strict=False, assign=True)
+    small.tie_weights()
+    small.to(model.device)
+    if model.dtype == torch.float64:
+        small.double()
+    small.generation_config = copy.deepcopy(model.generation_config)
+    small.train(model.training)
+    for parameter in small.parameters():
+        parameter.requires_grad_(True)
+    return small

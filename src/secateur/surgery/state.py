@@ -1,0 +1,55 @@
+"""The tensors of a cut model: index what stays, renumber the layers that follow a removed one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from secateur.groups import Groups, Kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def renumbering(groups: Groups, kept: Kept) -> dict[str, str]:
+    """Module path of every layer that stays -> its path in the cut model."""
+    moved: dict[str, str] = {}
+    for name, units in kept.items():
+        blocks = groups.named(name).blocks
+        for new, old in enumerate(sorted(units)):
+            if blocks:
+                moved[blocks[old]] = f"{blocks[old].rpartition('.')[0]}.{new}"
+    return moved
+
+
+def new_name(name: str, moved: dict[str, str]) -> str:
+    """The name of a parameter after the layers were renumbered."""
+    for old, new in moved.items():
+        if name.startswith(old + "."):
+            return new + name[len(old) :]
+    return name
+
+
+def cut_tensors(model: PreTrainedModel, groups: Groups, kept: Kept) -> Iterator[tuple[str, Tensor]]:
+    """(new name, tensor) of every parameter and buffer that stays; uncut tensors are the model's own, not copies."""
+    positions = groups.kept_positions(kept)
+    moved = renumbering(groups, kept)
+    gone = tuple(block + "." for block in groups.removed_blocks(kept))
+    state = model.state_dict()
+    for name in groups.shapes:
+        if gone and name.startswith(gone):
+            continue
+        tensor = state[name]
+        for dim, keep in positions.get(name, {}).items():
+            tensor = tensor.index_select(dim, torch.from_numpy(keep).to(tensor.device))
+        yield new_name(name, moved), tensor
+
+
+def layer_number(path: str) -> int | None:
+    """The first number in a module path."""
+    found = re.search(r"\.(\d+)(?=\.|$)", path)
+    return int(found.group(1)) if found else None
