@@ -1,0 +1,69 @@
+"""Secateur: make a large language model smaller and faster by cutting whole structures out of it.
+
+    groups = secateur.discover(model)
+    scores = secateur.score(model, groups, batches, secateur.Taylor(order=1))
+    plan = secateur.allocate(groups, scores, secateur.Budget(param_sparsity=0.2))
+    small = secateur.slice(model, plan)
+    secateur.save(small, "out/")
+
+Names are imported when first used, so that `import secateur` is quick and does not import transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from secateur.allocation import Budget, allocate
+    from secateur.benchmark import bench
+    from secateur.checkpoint import load, save
+    from secateur.data import calibration_tokens, load_corpus
+    from secateur.discovery import discover
+    from secateur.errors import SecateurError
+    from secateur.evaluation import perplexity
+    from secateur.groups import Group, Groups, Member
+    from secateur.importance import Magnitude, Random, Taylor, leave_one_out, score
+    from secateur.plan import PruningPlan
+    from secateur.recovery import RecoverySettings, recover
+    from secateur.surgery import mask, prove, slice
+
+_HOME = {
+    "Budget": "allocation",
+    "Group": "groups",
+    "Groups": "groups",
+    "Magnitude": "importance",
+    "Member": "groups",
+    "PruningPlan": "plan",
+    "Random": "importance",
+    "RecoverySettings": "recovery",
+    "SecateurError": "errors",
+    "Taylor": "importance",
+    "allocate": "allocation",
+    "bench": "benchmark",
+    "calibration_tokens": "data",
+    "discover": "discovery",
+    "leave_one_out": "importance",
+    "load": "checkpoint",
+    "load_corpus": "data",
+    "mask": "surgery",
+    "perplexity": "evaluation",
+    "prove": "surgery",
+    "recover": "recovery",
+    "save": "checkpoint",
+    "score": "importance",
+    "slice": "surgery",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Budget", "Group", "Groups", "Magnitude", "Member", "PruningPlan", "Random", "RecoverySettings", "SecateurError",
+    "Taylor", "allocate", "bench", "calibration_tokens", "discover", "leave_one_out", "load", "load_corpus", "mask",
+    "perplexity", "prove", "recover", "save", "score", "slice",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
+    return getattr(import_module(f"secateur.{_HOME[name]}"), name)

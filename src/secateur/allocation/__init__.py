@@ -1,0 +1,193 @@
+"""Scores and a budget in, a pruning plan out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from secateur.allocation.families import Family, Feasible, Limits, select_families
+from secateur.allocation.ranking import RankingName, rank
+from secateur.allocation.size import Size, parameters_left, units_left
+from secateur.errors import BudgetError
+from secateur.groups import Groups, IndexArray
+from secateur.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from secateur.allocation.families import Scores
+
+__all__ = ["Budget", "allocate", "max_sparsity"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much to remove; exactly one of the two.
+
+    Attributes:
+        param_sparsity: fraction of all parameters of the model, embeddings and head included.
+        unit_sparsity: fraction of the units in the groups that are cut, the meaning the papers give to their ratio
+            (LLM-Pruner's 25 % of the groups of 26 of 32 layers leaves 80 % of the parameters).
+
+    Raises:
+        BudgetError: none or both are given, or the fraction lies outside [0, 1).
+    """
+
+    param_sparsity: float | None = None
+    unit_sparsity: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {k: v for k, v in self.as_dict().items() if v is not None}
+        if len(given) != 1:
+            raise BudgetError("a budget is either a param_sparsity or a unit_sparsity: give exactly one")
+        ((name, value),) = given.items()
+        if not 0 <= value < 1:
+            raise BudgetError(f"{name} is {value}; expected a fraction in [0, 1), 0.2 to remove 20 %")
+
+    def as_dict(self) -> dict[str, float | None]:
+        return {"param_sparsity": self.param_sparsity, "unit_sparsity": self.unit_sparsity}
+
+
+def allocate(
+    groups: Groups,
+    scores: Scores,
+    budget: Budget,
+    *,
+    kinds: Sequence[str] | None = None,
+    ranking: RankingName = "local",
+    uniform: bool = True,
+    round_to: int = 1,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    layer_ratios: Mapping[int, float] | None = None,
+    feasible: Feasible | None = None,
+) -> PruningPlan:
+    """Choose the units that stay.
+
+    Within a group the least important units go, of equal ones the first. A parameter budget is met as closely as
+    possible: no single unit more or less of any kind (for uniform output, one unit in every layer) would come closer.
+
+    Args:
+        groups: all groups of the model; refused ones are never touched.
+        scores: group name -> importance of each unit, [units], higher = keep.
+        budget: how much to remove.
+        kinds: kinds of groups to cut; default: those that `scores` contains.
+        ranking: `local` removes the same share of every group; `global` removes the units with the least importance
+            per parameter wherever they are (see `secateur.allocation.ranking.rank` for why per parameter).
+        uniform: every layer keeps the same number of units of each kind, which ones may differ; what stock model
+            classes load. Under global ranking the k-th least important units of all layers then go together.
+        round_to: FFN channels and hidden dimensions that are cut keep a multiple of this.
+        protect_first, protect_last: decoder layers at either end that are not cut (for kind `layer`: not removed).
+        layer_ratios: layer number -> share of the units of its groups to remove, instead of what the ranking would
+            give it; overrides protection.
+        feasible: (family, units kept) -> whether the model's class can express it; the uncut count always counts as
+            such. It is asked once for each family and count.
+
+    Returns:
+        The plan; its provenance records these arguments and the sparsity reached, under `allocation`.
+
+    Raises:
+        BudgetError: the budget cannot be reached (the message says what can), a kind has no group to cut, or
+            arguments contradict each other.
+        PlanError: a group to be cut has no scores or the wrong number of them.
+        NonFiniteError: a score is NaN or infinite.
+    """
+    if ranking not in ("local", "global"):
+        raise BudgetError(f"ranking is {ranking!r}; expected 'local' or 'global'")
+    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, feasible)
+    if kinds is None:
+        kinds = [groups.named(name).kind for name in scores]
+    kinds = list(dict.fromkeys(kinds))
+    families = select_families(groups, scores, kinds, limits)
+    size = parameters_left(groups, families)
+    counts = _counts(budget, ranking, families, size, groups.total_parameters)
+    kept = _kept_units(families, counts)
+    left = groups.remaining_parameters(kept)
+    assert left == size.at(counts)
+    provenance = {
+        "budget": budget.as_dict(),
+        "kinds": list(kinds),
+        "ranking": ranking,
+        "uniform": uniform,
+        "round_to": round_to,
+        "protect_first": protect_first,
+        "protect_last": protect_last,
+        "layer_ratios": {str(layer): share for layer, share in (layer_ratios or {}).items()},
+        "parameters": groups.total_parameters,
+        "parameters_left": left,
+        "sparsity": 1 - left / groups.total_parameters,
+    }
+    units = {name: groups.named(name).units for name in kept}
+    return PruningPlan(kept, units, {"allocation": provenance})
+
+
+def max_sparsity(
+    groups: Groups,
+    kinds: Sequence[str],
+    *,
+    uniform: bool = True,
+    round_to: int = 1,
+    protect_first: int = 0,
+    protect_last: int = 0,
+    layer_ratios: Mapping[int, float] | None = None,
+    feasible: Feasible | None = None,
+) -> float:
+    """The largest `param_sparsity` that cutting these kinds can reach; arguments as for `allocate`.
+
+    Where blocks differ in size and kind `layer` is cut, what is left depends on the scores; this assumes that the last
+    blocks stay.
+    """
+    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, feasible)
+    families = select_families(groups, None, list(dict.fromkeys(kinds)), limits)
+    return 1 - parameters_left(groups, families).at(_fewest(families)) / groups.total_parameters
+
+
+def _fewest(families: Sequence[Family]) -> IndexArray:
+    return np.array([f.counts[-1] for f in families], dtype=np.int64)
+
+
+def _counts(
+    budget: Budget, ranking: RankingName, families: Sequence[Family], size: Size, parameters: int
+) -> IndexArray:
+    """Units that each family keeps.
+
+    Raises:
+        BudgetError: the budget is out of reach.
+    """
+    start = np.array([f.counts[0] for f in families], dtype=np.int64)
+    if budget.param_sparsity is not None:
+        share, measure, whole = budget.param_sparsity, size, parameters
+    else:
+        assert budget.unit_sparsity is not None
+        share, measure = budget.unit_sparsity, units_left(families)
+        whole = measure.at(start)
+        if ranking == "local":
+            counts = [f.counts[0] if f.fixed else f.count_for_share(share) for f in families]
+            return np.array(counts, dtype=np.int64)
+    target = whole * (1 - share)
+    # half a parameter of slack: the fraction itself is only exact to rounding
+    if measure.at(start) < target - 0.5:
+        raise BudgetError(
+            f"layer_ratios alone remove {1 - measure.at(start) / whole:.4f}, more than the budget's {share:g}"
+        )
+    fewest = measure.at(_fewest(families))
+    if fewest > target + 0.5:
+        kinds = ", ".join(dict.fromkeys(f.kind for f in families))
+        largest = math.floor((1 - fewest / whole) * 1e4) / 1e4
+        raise BudgetError(
+            f"a sparsity of {share:g} cannot be reached by cutting {kinds}: at least one unit of every group stays, "
+            f"and the largest reachable sparsity is {largest:g}; cut more kinds, or lift protection or rounding"
+        )
+    return rank(families, size, measure, ranking).settle(target)
+
+
+def _kept_units(families: Sequence[Family], counts: IndexArray) -> dict[str, tuple[int, ...]]:
+    """The units that stay in every group that loses some."""
+    kept: dict[str, tuple[int, ...]] = {}
+    for family, count in zip(families, counts.tolist(), strict=True):
+        for group, order in zip(family.groups, family.orders, strict=True):
+            if count < group.units:
+                kept[group.name] = tuple(np.sort(order[group.units - count :]).tolist())
+    return kept

@@ -1,0 +1,217 @@
+"""What may be cut: groups, in families that lose the same number of units, and the counts they may keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from secateur.errors import BudgetError, NonFiniteError, PlanError
+from secateur.groups import Group, Groups, IndexArray
+
+if TYPE_CHECKING:
+    import torch
+
+    Scores = Mapping[str, torch.Tensor]
+
+Feasible = Callable[[str, int], bool]
+ROUNDED_KINDS = ("ffn_channel", "hidden")  # the widths of matrices; a count of heads has nothing to gain from rounding
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a cut must respect; see `secateur.allocation.allocate` for each."""
+
+    uniform: bool = True
+    round_to: int = 1
+    protect_first: int = 0
+    protect_last: int = 0
+    layer_ratios: Mapping[int, float] | None = None
+    feasible: Feasible | None = None
+
+    def __post_init__(self) -> None:
+        if self.round_to < 1:
+            raise BudgetError(f"round_to is {self.round_to}; expected 1 (no rounding) or more")
+        if self.protect_first < 0 or self.protect_last < 0:
+            raise BudgetError("protect_first and protect_last count layers; they cannot be negative")
+        for layer, share in (self.layer_ratios or {}).items():
+            if not 0 <= share < 1:
+                raise BudgetError(f"layer_ratios asks for a share of {share} in layer {layer}; expected [0, 1)")
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Groups that lose the same number of units: those of all layers for uniform output, else a single group.
+
+    Attributes:
+        name: `Group.family` of the groups.
+        groups: the groups, all with the same number of units.
+        counts: how many units each group may keep, descending; the first is where allocation starts.
+        orders: for each group, its units in order of removal.
+        importance: [units]; entry k is what removing the k-th unit of every group's order costs.
+        fixed: the count was set by `layer_ratios`.
+    """
+
+    name: str
+    groups: tuple[Group, ...]
+    counts: IndexArray
+    orders: tuple[IndexArray, ...]
+    importance: NDArray[np.float64]
+    fixed: bool = False
+
+    @property
+    def kind(self) -> str:
+        return self.groups[0].kind
+
+    @property
+    def units(self) -> int:
+        return self.groups[0].units
+
+    def step_importance(self) -> NDArray[np.float64]:
+        """Importance lost by each step from one count to the next, [counts - 1]."""
+        if len(self.counts) < 2:
+            return np.zeros(0)
+        gone = self.importance[self.units - self.counts[0] : self.units - self.counts[-1]]
+        return np.add.reduceat(gone, self.counts[0] - self.counts[:-1])
+
+    def count_for_share(self, share: float) -> int:
+        """The count closest to losing `share` of the units; of two equally close, the larger.
+
+        Raises:
+            BudgetError: even the smallest count misses the share by a whole unit or more.
+        """
+        wanted = self.units * (1 - share)
+        if self.counts[-1] - wanted > 1 - 1e-9:
+            raise BudgetError(
+                f"a share of {share:g} of {self.name} cannot be removed: {self.counts[-1]} of its {self.units} units "
+                f"must stay, so the largest reachable share is {1 - self.counts[-1] / self.units:.4g}"
+            )
+        return int(self.counts[np.argmin(np.abs(self.counts - wanted))])
+
+
+def select_families(groups: Groups, scores: Scores | None, kinds: Sequence[str], limits: Limits) -> list[Family]:
+    """The families of these kinds that may be cut, in the order of the model.
+
+    Args:
+        scores: importance of every group to be cut, higher = keep; None if only the counts are of interest.
+
+    Raises:
+        BudgetError: a kind has no group to cut, or the limits contradict uniform output.
+        PlanError: a group has no scores, or too few.
+        NonFiniteError: a score is NaN or infinite.
+    """
+    if not kinds:
+        raise BudgetError("no kinds to cut are given, and no scores from which to tell them")
+    protects = (limits.protect_first or limits.protect_last) and set(kinds) != {"layer"}
+    if limits.uniform and (protects or limits.layer_ratios):
+        raise BudgetError(
+            "protect_first, protect_last and layer_ratios give layers different widths, which uniform output cannot "
+            "have; use per-layer output (uniform=False, --per-layer)"
+        )
+    _check_ratios(groups, limits)
+    found = []
+    allowed: dict[tuple[str, int, int], IndexArray] = {}
+    for members in _sets_of_groups(groups, kinds, limits):
+        group = members[0]
+        kept_blocks = _protected_blocks(group, limits)
+        key = (group.family, group.units, len(kept_blocks))
+        if key not in allowed:
+            allowed[key] = _allowed_counts(group, max(1, len(kept_blocks)), limits)
+        values = [_checked_scores(g, scores) for g in members]
+        orders = [_removal_order(v, kept_blocks) for v in values]
+        importance = np.sum([v[order] for v, order in zip(values, orders, strict=True)], axis=0)
+        family = Family(group.family, tuple(members), allowed[key], tuple(orders), importance)
+        found.append(_with_ratio(family, limits))
+    return found
+
+
+def _sets_of_groups(groups: Groups, kinds: Sequence[str], limits: Limits) -> list[list[Group]]:
+    """The groups to be cut, those that must lose the same number of units together."""
+    found: list[list[Group]] = []
+    last_layer = max((g.layer for g in groups if g.layer is not None), default=0)
+    for kind in kinds:
+        families = groups.families([kind])
+        if limits.uniform:
+            # a layer that cannot be cut would stay wider than the others
+            refused = {g.family for g in groups if not g.prunable}
+            sets = [members for name, members in families.items() if name not in refused]
+        else:
+            sets = [[g] for members in families.values() for g in members if not _protected(g, last_layer, limits)]
+        if not sets:
+            reasons = [f"{g.name}: {g.refusals[0]}" for g in groups if g.kind == kind and not g.prunable]
+            others = sorted({g.kind for g in groups.prunable})
+            why = reasons[0] if reasons else "every layer is protected" if families else f"it has {', '.join(others)}"
+            raise BudgetError(f"the model has no {kind} groups to cut ({why})")
+        found += sets
+    for members in found:
+        if len({g.units for g in members}) > 1:
+            sizes = ", ".join(f"{g.name} has {g.units} units" for g in members[:3])
+            raise BudgetError(f"layers differ already ({sizes}); use per-layer output (uniform=False, --per-layer)")
+    return found
+
+
+def _protected(group: Group, last_layer: int, limits: Limits) -> bool:
+    layer = group.layer
+    if group.kind == "layer" or layer is None or layer in (limits.layer_ratios or {}):
+        return False
+    return layer < limits.protect_first or layer > last_layer - limits.protect_last
+
+
+def _protected_blocks(group: Group, limits: Limits) -> IndexArray:
+    """Units of a `layer` group that must stay."""
+    units = np.arange(group.units)
+    if group.kind != "layer":
+        return units[:0]
+    return units[(units < limits.protect_first) | (units >= group.units - limits.protect_last)]
+
+
+def _allowed_counts(group: Group, smallest: int, limits: Limits) -> IndexArray:
+    step = limits.round_to if group.kind in ROUNDED_KINDS else 1
+    fewer = [c for c in range(group.units - 1, smallest - 1, -1) if c % step == 0]
+    if limits.feasible is not None:
+        fewer = [c for c in fewer if limits.feasible(group.family, c)]
+    return np.array([group.units, *fewer], dtype=np.int64)
+
+
+def _checked_scores(group: Group, scores: Scores | None) -> NDArray[np.float64]:
+    if scores is None:
+        return np.zeros(group.units)
+    if group.name not in scores:
+        raise PlanError(f"{group.name} has no scores; score every group of the kinds to be cut")
+    values: NDArray[np.float64] = scores[group.name].detach().double().cpu().numpy()
+    if values.shape != (group.units,):
+        raise PlanError(
+            f"the scores of {group.name} have shape {values.shape}; expected one for each of its {group.units} units"
+        )
+    if not np.isfinite(values).all():
+        raise NonFiniteError(
+            f"{group.name}: {np.count_nonzero(~np.isfinite(values))} of {group.units} scores are NaN or infinite; "
+            "check the calibration text and the dtype of the model"
+        )
+    return values
+
+
+def _removal_order(values: NDArray[np.float64], last: IndexArray) -> IndexArray:
+    """Units by ascending importance, equal ones by number, those in `last` at the end."""
+    order = np.argsort(values, kind="stable")
+    late = np.isin(order, last)
+    return np.concatenate([order[~late], order[late]])
+
+
+def _with_ratio(family: Family, limits: Limits) -> Family:
+    layer = family.groups[0].layer
+    share = None if layer is None else (limits.layer_ratios or {}).get(layer)
+    if share is None:
+        return family
+    counts = np.array([family.count_for_share(share)], dtype=np.int64)
+    return Family(family.name, family.groups, counts, family.orders, family.importance, fixed=True)
+
+
+def _check_ratios(groups: Groups, limits: Limits) -> None:
+    layers = {g.layer for g in groups}
+    for layer in limits.layer_ratios or {}:
+        if layer not in layers:
+            raise BudgetError(f"layer_ratios names layer {layer}, which the model does not have")

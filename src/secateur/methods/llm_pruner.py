@@ -1,0 +1,187 @@
+"""LLM-Pruner: on the structural pruning of large language models (Ma et al. 2023, arXiv:2305.11627).
+
+| paper | here |
+| --- | --- |
+| group G: neurons with in- or out-degree 1 triggered together (3.1) | `Group`, from the traced computation |
+| I(W_i), vector-wise importance (Eq. 3) | `Taylor(granularity="vector")` |
+| I(W_i^k), element-wise, first order ("Element1") and second order with diagonal Fisher ("Element2") (Eq. 5) | `Taylor` |
+| aggregation over the group: summation, production, max, last-only (3.2) | `reduction` |
+| block-wise, channel-wise, layer-wise | `mode` |
+
+1. Discover the groups of the chosen mode.
+2. Score them on a few calibration sequences.
+3. Allocate the budget; with several iterations the sparsity grows linearly and the scores are refreshed in between.
+4. Slice.
+
+Recovery (step 5 of the paper, LoRA on instructions) is `secateur.recovery`.
+
+Deviations: the budget is a share of *parameters* unless `unit_sparsity` asks for the paper's share of groups; query
+heads are summed with the KV head they really share; global ranking divides importance by the parameters removed;
+layer-wise pruning chooses layers by importance, the reference's "first N" is `layer_choice="first"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from secateur.allocation import Budget, allocate
+from secateur.discovery import discover
+from secateur.errors import PlanError
+from secateur.groups import Groups
+from secateur.importance import score
+from secateur.plan import PruningPlan
+from secateur.schedules import linear
+from secateur.surgery import feasible_counts, inexpressible, mask, slice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Mode = Literal["block-wise", "channel-wise", "layer-wise"]
+Step = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LLMPruner:
+    """Settings of one run; defaults are the paper's, except that the budget counts parameters.
+
+    Attributes:
+        budget: what must be removed.
+        mode: which structures: FFN channels and heads, the hidden dimension, or whole layers.
+        criterion: an object or function that `score` accepts.
+        reduction: how members' scores become the group's.
+        ranking: `local` removes the same share everywhere, `global` the least important per parameter.
+        iterations: steps over which the sparsity grows, scores refreshed in each.
+        uniform: the same widths in every layer, so that stock classes load the result.
+        layer_choice: for layer-wise mode, `importance`, or the reference's `first` (keep the first ones).
+    """
+
+    budget: Budget
+    criterion: Any
+    mode: Mode = "block-wise"
+    reduction: str = "sum"
+    ranking: Literal["local", "global"] = "local"
+    iterations: int = 1
+    uniform: bool = True
+    round_to: int = 1
+    protect_first: int = 0
+    protect_last: int = 0
+    layer_ratios: Mapping[int, float] | None = None
+    layer_choice: Literal["importance", "first"] = "importance"
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """The cut model, the plan that cuts it, and what was left whole.
+
+    Attributes:
+        model: the smaller model.
+        plan: units kept.
+        groups: all groups of the original.
+        scores: importance per group at the last iteration [units].
+        left_whole: family -> why it was not pruned although the mode names its kind.
+    """
+
+    model: PreTrainedModel
+    plan: PruningPlan
+    groups: Groups
+    scores: Mapping[str, torch.Tensor]
+    left_whole: Mapping[str, str] = field(default_factory=dict)
+
+
+def run(
+    model: PreTrainedModel, batches: Sequence[torch.Tensor], settings: LLMPruner, on_step: Step = lambda name: None
+) -> PruneResult:
+    """Prune `model`, which itself is left as it was.
+
+    Args:
+        batches: calibration token ids, each [sequences, length].
+        on_step: told the name of each step as it begins: `discover`, `score`, `allocate`, `cut`.
+
+    Raises:
+        PlanError: nothing of the mode's kinds can be pruned.
+        BudgetError: the budget is out of reach.
+        NonFiniteError: a loss or score is NaN or infinite.
+    """
+    on_step("discover")
+    groups = discover(model)
+    candidates, left_whole = select(model, groups, settings)
+    feasible = feasible_counts(model, groups) if settings.uniform else None
+
+    plan = PruningPlan({}, {})
+    scores: dict[str, torch.Tensor] = {}
+    for step in range(1, settings.iterations + 1):
+        on_step("score")
+        scores = importance(model, groups, candidates, batches, settings, plan)
+        on_step("allocate")
+        plan = allocate(
+            candidates,
+            scores,
+            _share(settings.budget, step, settings.iterations),
+            ranking=settings.ranking,
+            uniform=settings.uniform,
+            round_to=settings.round_to,
+            protect_first=settings.protect_first,
+            protect_last=settings.protect_last,
+            layer_ratios=settings.layer_ratios,
+            feasible=feasible,
+        )
+    on_step("cut")
+    small = slice(model, plan, groups, reloadable=settings.uniform)
+    return PruneResult(small, plan, groups, scores, left_whole)
+
+
+def select(model: PreTrainedModel, groups: Groups, settings: LLMPruner) -> tuple[Groups, dict[str, str]]:
+    """The groups that the mode prunes, and family -> reason for those of its kinds that must stay whole.
+
+    Raises:
+        PlanError: none can be pruned.
+    """
+    kinds = kinds_of(settings.mode, groups)
+    left_whole = {g.family: g.refusals[0] for g in groups if g.kind in kinds and not g.prunable}
+    if settings.uniform:
+        left_whole |= inexpressible(model, groups, kinds)
+    chosen = tuple(g for g in groups.of_kinds(kinds) if g.family not in left_whole)
+    if not chosen:
+        reasons = "; ".join(dict.fromkeys(left_whole.values())) or f"the model has no groups of kinds {', '.join(kinds)}"
+        raise PlanError(f"nothing can be pruned {settings.mode}: {reasons}")
+    return replace(groups, groups=chosen), left_whole
+
+
+def kinds_of(mode: Mode, groups: Groups) -> tuple[str, ...]:
+    """The kinds a mode prunes. Where one KV head serves all queries, its query heads are the only heads there are."""
+    if mode == "channel-wise":
+        return ("hidden",)
+    if mode == "layer-wise":
+        return ("layer",)
+    heads = ("attention_head", "kv_group")
+    return ("ffn_channel", *(heads if any(g.kind in heads for g in groups) else ("query_head",)))
+
+
+def importance(
+    model: PreTrainedModel,
+    groups: Groups,
+    candidates: Groups,
+    batches: Sequence[torch.Tensor],
+    settings: LLMPruner,
+    plan: PruningPlan,
+) -> dict[str, torch.Tensor]:
+    """Scores of the candidates in the model as `plan` leaves it; units already removed rank below all others."""
+    if settings.mode == "layer-wise" and settings.layer_choice == "first":
+        return {g.name: torch.arange(g.units, 0, -1, dtype=torch.float32) for g in candidates}
+    with mask(model, plan, groups):
+        scores = score(model, candidates, batches, settings.criterion, settings.reduction)
+    for name in plan.kept:
+        scores[name][list(plan.removed(name))] = -1.0
+    return scores
+
+
+def _share(budget: Budget, step: int, steps: int) -> Budget:
+    """The part of the budget to be met after `step` of `steps`."""
+    if budget.param_sparsity is not None:
+        return replace(budget, param_sparsity=linear(step, steps, budget.param_sparsity))
+    assert budget.unit_sparsity is not None
+    return replace(budget, unit_sparsity=linear(step, steps, budget.unit_sparsity))
