@@ -135,12 +135,15 @@ class Groups(Sequence[Group]):
         Parameters inside removed layers are absent; `removed_blocks` names those layers.
         """
         masks: dict[tuple[str, int], NDArray[np.bool_]] = {}
+        removed = tuple(block + "." for block in self.removed_blocks(kept))
         for name, units in kept.items():
             group = self.named(name)
             gone = np.setdiff1d(np.arange(group.units), np.asarray(units, dtype=np.int64))
             if gone.size == 0:
                 continue
             for m in group.members:
+                if m.parameter.startswith(removed):
+                    continue
                 mask = masks.setdefault((m.parameter, m.dim), np.ones(self.shapes[m.parameter][m.dim], dtype=bool))
                 mask[m.index[gone].ravel()] = False
         positions: dict[str, dict[int, IndexArray]] = {}
@@ -152,8 +155,8 @@ class Groups(Sequence[Group]):
         """Module paths of the layers that go."""
         gone: list[str] = []
         for name, units in kept.items():
-            group = self.named(name)
-            gone += [block for u, block in enumerate(group.blocks) if u not in set(units)]
+            stay = set(units)
+            gone += [block for u, block in enumerate(self.named(name).blocks) if u not in stay]
         return tuple(gone)
 
     def remaining_shapes(self, kept: Kept) -> dict[str, tuple[int, ...]]:

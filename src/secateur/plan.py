@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,10 @@ def parse_ranges(text: str) -> tuple[int, ...]:
     units: list[int] = []
     for run in filter(None, text.split(",")):
         first, _, last = run.partition("-")
-        units.extend(range(int(first), int(last or first) + 1))
-    if any(b <= a for a, b in zip(units, units[1:], strict=False)):
-        raise ValueError(f"units must ascend: {text!r}")
+        numbers = range(int(first), int(last or first) + 1)
+        if not numbers or (units and numbers[0] <= units[-1]):
+            raise ValueError(f"units must ascend: {text!r}")
+        units.extend(numbers)
     return tuple(units)
 
 
@@ -73,6 +75,8 @@ class PruningPlan:
                 )
             if kept and kept[-1] >= group.units:
                 raise PlanError(f"the plan keeps unit {kept[-1]} of {name}, which has only {group.units}")
+            if any(b <= a for a, b in pairwise((-1, *kept))):
+                raise PlanError(f"the units that the plan keeps of {name} do not ascend: {kept}")
             if len(kept) == group.units:
                 continue
             if not group.prunable:
@@ -81,13 +85,32 @@ class PruningPlan:
                 raise PlanError(f"the plan removes every unit of {name}; at least one must stay")
 
     def compose(self, later: PruningPlan) -> PruningPlan:
-        """This plan followed by `later`, which was made on the model this one leaves."""
+        """This plan followed by `later`, which was made on the model this one leaves.
+
+        Raises:
+            PlanError: `later` was made on another model.
+        """
         kept, units = dict(self.kept), dict(self.units)
         for name, chosen in later.kept.items():
-            before = kept.get(name, tuple(range(later.units[name])))
-            kept[name] = tuple(before[u] for u in chosen)
-            units.setdefault(name, later.units[name])
+            first_name = self._name_before(name)
+            before = self.kept.get(first_name, tuple(range(later.units[name])))
+            if len(before) != later.units[name]:
+                raise PlanError(
+                    f"the plans do not follow each other: the first leaves {len(before)} units of {first_name}, "
+                    f"the second starts from {later.units[name]}"
+                )
+            kept[first_name] = tuple(before[u] for u in chosen)
+            units.setdefault(first_name, later.units[name])
         return PruningPlan(kept, units, {**self.provenance, **later.provenance})
+
+    def _name_before(self, name: str) -> str:
+        """What this plan's model calls the group that the model it leaves calls `name`: layers move up."""
+        for group, kept in self.kept.items():
+            path = group.removesuffix("/layer")
+            found = re.match(re.escape(path) + r"\.(\d+)(?=[./])", name) if path != group else None
+            if found and int(found.group(1)) < len(kept):
+                return f"{path}.{kept[int(found.group(1))]}{name[found.end() :]}"
+        return name
 
     def diff(self, other: PruningPlan) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Group name -> (units only this plan keeps, units only `other` keeps), for groups that differ."""

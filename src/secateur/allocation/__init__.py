@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,8 +82,8 @@ def allocate(
         protect_first, protect_last: decoder layers at either end that are not cut (for kind `layer`: not removed).
         layer_ratios: layer number -> share of the units of its groups to remove, instead of what the ranking would
             give it; overrides protection.
-        feasible: (family, units kept) -> whether the model's class can express it; the uncut count always counts as
-            such. It is asked once for each family and count.
+        feasible: for uniform output, (family, units kept in every layer) -> whether the model's class can express it;
+            it is taken to express what it is.
 
     Returns:
         The plan; its provenance records these arguments and the sparsity reached, under `allocation`.
@@ -100,10 +100,14 @@ def allocate(
     if kinds is None:
         kinds = [groups.named(name).kind for name in scores]
     kinds = list(dict.fromkeys(kinds))
-    families = select_families(groups, scores, kinds, limits)
+    families: Sequence[Family] = select_families(groups, scores, kinds, limits)
     size = parameters_left(groups, families)
-    counts = _counts(budget, ranking, families, size, groups.total_parameters)
+    families, counts = _expressible_counts(
+        families, limits, lambda choice: _counts(budget, ranking, choice, size, groups.total_parameters)
+    )
     kept = _kept_units(families, counts)
+    if not uniform:
+        kept = _without_removed_blocks(groups, kept)
     left = groups.remaining_parameters(kept)
     assert left == size.at(counts)
     provenance = {
@@ -148,6 +152,21 @@ def _fewest(families: Sequence[Family]) -> IndexArray:
     return np.array([f.counts[-1] for f in families], dtype=np.int64)
 
 
+def _expressible_counts(
+    families: Sequence[Family], limits: Limits, choose: Callable[[Sequence[Family]], IndexArray]
+) -> tuple[Sequence[Family], IndexArray]:
+    """Let `choose` pick counts until the model's class can express them all; what it cannot leaves the choice."""
+    while True:
+        counts = choose(families)
+        narrowed = [
+            family if count == family.units or limits.expressible(family.name, count) else family.without(count, limits)
+            for family, count in zip(families, counts.tolist(), strict=True)
+        ]
+        if all(new is old for new, old in zip(narrowed, families, strict=True)):
+            return families, counts
+        families = narrowed
+
+
 def _counts(
     budget: Budget, ranking: RankingName, families: Sequence[Family], size: Size, parameters: int
 ) -> IndexArray:
@@ -181,6 +200,13 @@ def _counts(
             f"and the largest reachable sparsity is {largest:g}; cut more kinds, or lift protection or rounding"
         )
     return rank(families, size, measure, ranking).settle(target)
+
+
+def _without_removed_blocks(groups: Groups, kept: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Leave out the groups inside blocks that go as a whole."""
+    removed = tuple(block + "." for block in groups.removed_blocks(kept))
+    inside = {g.name for g in groups if g.members and all(m.parameter.startswith(removed) for m in g.members)}
+    return {name: units for name, units in kept.items() if name not in inside}
 
 
 def _kept_units(families: Sequence[Family], counts: IndexArray) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,6 +41,10 @@ class Limits:
             if not 0 <= share < 1:
                 raise BudgetError(f"layer_ratios asks for a share of {share} in layer {layer}; expected [0, 1)")
 
+    def expressible(self, family: str, count: int) -> bool:
+        """Whether the model's class can be configured for so many units in every layer."""
+        return not self.uniform or self.feasible is None or self.feasible(family, count)
+
 
 @dataclass(frozen=True, eq=False)
 class Family:
@@ -61,6 +65,16 @@ class Family:
     orders: tuple[IndexArray, ...]
     importance: NDArray[np.float64]
     fixed: bool = False
+
+    def without(self, count: int, limits: Limits) -> Family:
+        """The family without a count that the class cannot express, nor those around it up to the next it can."""
+        at = int(np.flatnonzero(self.counts == count)[0])
+        first, last = at, at + 1
+        while first > 1 and not limits.expressible(self.name, int(self.counts[first - 1])):
+            first -= 1
+        while not limits.expressible(self.name, int(self.counts[last])):
+            last += 1
+        return replace(self, counts=np.concatenate([self.counts[:first], self.counts[last:]]))
 
     @property
     def kind(self) -> str:
@@ -113,17 +127,14 @@ def select_families(groups: Groups, scores: Scores | None, kinds: Sequence[str],
         )
     _check_ratios(groups, limits)
     found = []
-    allowed: dict[tuple[str, int, int], IndexArray] = {}
     for members in _sets_of_groups(groups, kinds, limits):
         group = members[0]
         kept_blocks = _protected_blocks(group, limits)
-        key = (group.family, group.units, len(kept_blocks))
-        if key not in allowed:
-            allowed[key] = _allowed_counts(group, max(1, len(kept_blocks)), limits)
+        counts = _allowed_counts(group, max(1, len(kept_blocks)), limits)
         values = [_checked_scores(g, scores) for g in members]
         orders = [_removal_order(v, kept_blocks) for v in values]
         importance = np.sum([v[order] for v, order in zip(values, orders, strict=True)], axis=0)
-        family = Family(group.family, tuple(members), allowed[key], tuple(orders), importance)
+        family = Family(group.family, tuple(members), counts, tuple(orders), importance)
         found.append(_with_ratio(family, limits))
     return found
 
@@ -144,7 +155,7 @@ def _sets_of_groups(groups: Groups, kinds: Sequence[str], limits: Limits) -> lis
             reasons = [f"{g.name}: {g.refusals[0]}" for g in groups if g.kind == kind and not g.prunable]
             others = sorted({g.kind for g in groups.prunable})
             why = reasons[0] if reasons else "every layer is protected" if families else f"it has {', '.join(others)}"
-            raise BudgetError(f"the model has no {kind} groups to cut ({why})")
+            raise BudgetError(f"the model has no {kind} groups to cut ({why}); choose other kinds of groups")
         found += sets
     for members in found:
         if len({g.units for g in members}) > 1:
@@ -169,10 +180,12 @@ def _protected_blocks(group: Group, limits: Limits) -> IndexArray:
 
 
 def _allowed_counts(group: Group, smallest: int, limits: Limits) -> IndexArray:
+    """Counts from all units down to the smallest that is possible. The class is asked about that one only: there may be
+    tens of thousands, and each answer takes it milliseconds."""
     step = limits.round_to if group.kind in ROUNDED_KINDS else 1
     fewer = [c for c in range(group.units - 1, smallest - 1, -1) if c % step == 0]
-    if limits.feasible is not None:
-        fewer = [c for c in fewer if limits.feasible(group.family, c)]
+    while fewer and not limits.expressible(group.family, fewer[-1]):
+        fewer.pop()
     return np.array([group.units, *fewer], dtype=np.int64)
 
 

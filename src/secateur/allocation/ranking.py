@@ -75,16 +75,19 @@ class Ranking:
     def _walked(self, taken: IndexArray, target: float, direction: int) -> IndexArray:
         """Take further steps in order (direction 1), or give steps back from the end (-1), without passing `target`.
 
-        A step that does not fit ends its family's part, so that no unit goes before a less important one.
+        A step that does not fit, or changes nothing (its block goes already), ends its family's part, so that no unit
+        goes before a less important one.
         """
+        left = self.left(taken)
         queue = [entry for f in range(len(self.places)) if (entry := self._next(taken, f, direction))]
         heapq.heapify(queue)
         while queue:
             f = heapq.heappop(queue)[1]
             trial = taken.copy()
             trial[f] += direction
-            if (self.left(trial) - target) * direction >= 0:
-                taken = trial
+            then = self.left(trial)
+            if then != left and (then - target) * direction >= 0:
+                taken, left = trial, then
                 if entry := self._next(taken, f, direction):
                     heapq.heappush(queue, entry)
         return taken

@@ -55,7 +55,7 @@ class Size:
 
     def _values(self, counts: IndexArray) -> IndexArray:
         blocks = counts[self.block_family] >= self.block_needs
-        values: IndexArray = np.concatenate([counts, blocks, np.ones(1)], dtype=np.int64)
+        values: IndexArray = np.concatenate([counts, blocks.astype(np.int64), np.ones(1, dtype=np.int64)])
         return values
 
 
@@ -88,7 +88,7 @@ def parameters_left(groups: Groups, families: Sequence[Family]) -> Size:
 
 def units_left(families: Sequence[Family]) -> Size:
     """The number of units left in all groups whose count is not fixed."""
-    total = {(f,): len(family.groups) for f, family in enumerate(families) if not family.fixed}
+    total: dict[Monomial, int] = {(f,): len(family.groups) for f, family in enumerate(families) if not family.fixed}
     return _compiled(total, len(families), [], [])
 
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from secateur.groups import Groups
-from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.mask import mask
 from secateur.surgery.proof import OFFERED_KINDS, Proof, prove
-from secateur.surgery.slicing import slice
+from secateur.surgery.slicing import checked_solver, slice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,7 +18,7 @@ __all__ = ["OFFERED_KINDS", "Proof", "feasible_counts", "inexpressible", "mask",
 
 def feasible_counts(model: PreTrainedModel, groups: Groups) -> Callable[[str, int], bool]:
     """A test for (family, units kept per group): can a stock class be configured for that width in every layer?"""
-    solver = ConfigSolver(model, groups)
+    solver = checked_solver(model, groups)
     known: dict[tuple[str, int], bool] = {}
 
     def feasible(family: str, count: int) -> bool:
@@ -32,5 +31,5 @@ def feasible_counts(model: PreTrainedModel, groups: Groups) -> Callable[[str, in
 
 def inexpressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str]) -> dict[str, str]:
     """Family -> reason, for the families of these kinds whose width no stock class can change alone."""
-    solver = ConfigSolver(model, groups)
+    solver = checked_solver(model, groups)
     return {f: solver.refusal(f) for f in groups.families(kinds) if solver.rule(f) is None}

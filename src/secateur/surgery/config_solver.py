@@ -1,16 +1,17 @@
 """Which configuration fields to change so that the model's own class builds the cut shapes: found, not listed.
 
 For every family of groups a small search tries the integer fields whose value equals a size that the cut changes,
-builds the class on the meta device, and accepts the first edit that yields exactly the shapes of the cut tensors. The
-edits of several families multiply: if `kv_group` and `query_head` both act on `num_attention_heads`, it shrinks by both
-shares. Equal shapes do not imply equal meaning; `slice` compares logits afterwards.
+builds the class on the meta device, and keeps edits that yield exactly the shapes of the cut tensors. Equal shapes do
+not imply equal meaning (8 heads of 8 lose a quarter by `head_dim` as well as by `num_attention_heads`), so an edit must
+also give the right logits. The edits of several families multiply: if `kv_group` and `query_head` both act on
+`num_attention_heads`, it shrinks by both shares.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -77,13 +78,21 @@ class ConfigSolver:
     Attributes:
         model_class: the class of the model.
         config: its configuration, never changed.
+        accept: whether a rule whose shapes fit also gives the right logits: (family, rule, units kept) -> bool.
     """
 
-    def __init__(self, model: PreTrainedModel, groups: Groups) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        groups: Groups,
+        accept: Callable[[str, FieldRule, int], bool] = lambda family, rule, count: True,
+        rules: Mapping[str, FieldRule] | None = None,
+    ) -> None:
         self.model_class = type(model)
         self.config = model.config
         self.groups = groups
-        self._rules: dict[str, FieldRule | None] = {}
+        self.accept = accept
+        self._rules: dict[str, FieldRule | None] = dict(rules or {})
         self._lenient: list[tuple[type[PreTrainedModel], PreTrainedConfig]] | None = None
 
     def rule(self, family: str) -> FieldRule | None:
@@ -175,7 +184,9 @@ class ConfigSolver:
             wanted = expected_shapes(self.groups, kept)
             for model_class, config in self.targets():
                 for rule in self._candidates(config, members[0], count):
-                    if self._fits(model_class, config, rule, members[0], count, wanted):
+                    if self._fits(model_class, config, rule, members[0], count, wanted) and self.accept(
+                        family, rule, count
+                    ):
                         return rule
         return None
 

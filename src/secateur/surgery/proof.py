@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.errors import PlanError
 from secateur.groups import Group
 from secateur.surgery.attributes import cut_modules
-from secateur.surgery.config_solver import ConfigSolver, build_on_meta
-from secateur.surgery.slicing import LogitCheck, rebuild
+from secateur.surgery.slicing import LogitCheck, checked_solver, is_large, rebuild, twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 OFFERED_KINDS = ("ffn_channel", "attention_head", "kv_group", "query_head", "hidden", "layer")
-MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are proven on a shallow twin
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,8 @@ class Proof:
 def prove(model: PreTrainedModel, kinds: Sequence[str] = OFFERED_KINDS, seed: int = 0) -> list[Proof]:
     """Slice a quarter of the units of every family, others in each layer, and compare logits with the original.
 
-    Works in float64 on a copy of the model with noise on every weight (so that no bias is zero). Models on the meta
-    device or over `MAX_OWN_WEIGHTS` parameters are represented by a randomly initialised twin with two layers.
+    Works in float64 on a copy of the model with noise on every weight (so that no bias is zero). Large
+    models and those on the meta device are represented by a randomly initialised twin with two layers.
     """
     subject = _subject(model, seed)
     reference = Reference(subject)
@@ -75,7 +74,7 @@ def _prove_family(
     model: PreTrainedModel, reference: Reference, members: list[Group], generator: np.random.Generator
 ) -> Proof:
     group = members[0]
-    solver = ConfigSolver(model, reference.groups)
+    solver = checked_solver(model, reference.groups, reference)
     wanted = min(max(1, round(group.units * 0.75)), group.units - 1)
     rule = solver.rule(group.family)
     by_distance = sorted(range(1, group.units), key=lambda c: abs(c - wanted))[:32]
@@ -84,7 +83,7 @@ def _prove_family(
     check = LogitCheck(model, kept, reference)
     facts = (group.kind, group.family, len(members), group.units, count)
     try:
-        rebuild(model, reference.groups, kept, check)
+        rebuild(model, solver, kept, check)
         return Proof(*facts, check.difference, "config", (*rule.fields, *rule.pins) if rule else ())
     except PlanError as error:
         reason = str(error)
@@ -97,30 +96,10 @@ def _prove_family(
 def _subject(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     """What the proof runs on: a float64 copy with noise, or a shallow twin."""
     generator = torch.Generator().manual_seed(seed)
-    if any(p.is_meta for p in model.parameters()) or model.num_parameters() > MAX_OWN_WEIGHTS:
-        subject = _twin(model)
-    else:
-        subject = copy.deepcopy(model)
+    subject = twin(model, discover(model)) if is_large(model) else copy.deepcopy(model)
     subject = subject.to("cpu").double().eval()
     with torch.no_grad():
         for parameter in subject.parameters():
             spread = 0.1 * float(parameter.std()) if parameter.numel() > 1 else 0.0
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * max(spread, 0.05))
     return subject
-
-
-def _twin(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class and widths with two layers and random weights.
-
-    Raises:
-        PlanError: the class has no field for the number of layers.
-    """
-    from secateur.discovery import discover
-
-    groups = discover(model)
-    solver = ConfigSolver(model, groups)
-    for group in groups:
-        if group.kind == "layer" and solver.rule(group.family) is not None:
-            config = solver.edited(model.config, {group.name: range(min(2, group.units))})
-            return type(build_on_meta(type(model), config))._from_config(config, dtype=torch.float32)
-    raise PlanError(f"{type(model).__name__} is too large to prove on its own weights, and has no field to shorten it by")

@@ -17,17 +17,19 @@ from secateur.errors import PlanError
 from secateur.groups import Groups, Kept
 from secateur.plan import PruningPlan
 from secateur.surgery.attributes import cut_modules
-from secateur.surgery.config_solver import ConfigSolver, build_on_meta, expected_shapes, shapes_of
+from secateur.surgery.config_solver import ConfigSolver, FieldRule, build_on_meta, expected_shapes, shapes_of
 from secateur.surgery.state import cut_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+MAX_OWN_WEIGHTS = 300_000_000  # parameters; trials on larger models run on a shallow twin
+
 # Largest relative difference (Frobenius norm) of logits that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-def slice(  # noqa: A001  (the field's word)
+def slice(
     model: PreTrainedModel, plan: PruningPlan, groups: Groups | None = None, *, reloadable: bool = True
 ) -> PreTrainedModel:
     """Remove what `plan` removes; `model` itself is left as it is.
@@ -48,7 +50,7 @@ def slice(  # noqa: A001  (the field's word)
     kept = {n: k for n, k in plan.kept.items() if len(k) < groups.named(n).units}
     check = LogitCheck(model, kept)
     try:
-        return rebuild(model, groups, kept, check)
+        return rebuild(model, checked_solver(model, groups, check.reference), kept, check)
     except PlanError:
         if reloadable:
             raise
@@ -63,7 +65,8 @@ class LogitCheck:
 
     def __init__(self, model: PreTrainedModel, kept: Kept, reference: Reference | None = None) -> None:
         self.ids = probe_ids(model)
-        self.wanted = (reference or Reference(model)).logits(self.ids, kept)
+        self.reference = reference or Reference(model)
+        self.wanted = self.reference.logits(self.ids, kept)
         self.tolerance = TOLERANCE[model.dtype]
         self.difference = float("inf")
 
@@ -75,13 +78,53 @@ class LogitCheck:
         return relative <= self.tolerance
 
 
-def rebuild(model: PreTrainedModel, groups: Groups, kept: Kept, check: LogitCheck) -> PreTrainedModel:
+def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference | None = None) -> ConfigSolver:
+    """A solver whose rules are proven by logits: on the model itself, or on a shallow twin if it is large."""
+    subject = model
+    if is_large(model):
+        subject, reference = twin(model, groups), None
+    oracle = reference or Reference(subject)
+
+    def accept(family: str, rule: FieldRule, count: int) -> bool:
+        members = [g for g in oracle.groups if g.family == family]
+        kept = {g.name: range(min(count, g.units - 1)) for g in members}
+        solver = ConfigSolver(subject, oracle.groups, rules={family: rule})
+        try:
+            rebuild(subject, solver, kept, LogitCheck(subject, kept, oracle))
+        except PlanError:
+            return False
+        return True
+
+    return ConfigSolver(model, groups, accept)
+
+
+def is_large(model: PreTrainedModel) -> bool:
+    """Whether trials run on a twin: there are no weights, or too many to copy for every trial."""
+    return any(p.is_meta for p in model.parameters()) or model.num_parameters() > MAX_OWN_WEIGHTS
+
+
+def twin(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
+    """A model of the same class and widths with two layers and random float32 weights.
+
+    Raises:
+        PlanError: the class has no field for the number of layers.
+    """
+    solver = ConfigSolver(model, groups)
+    for group in groups:
+        if group.kind == "layer" and solver.rule(group.family) is not None:
+            config = solver.edited(model.config, {group.name: range(min(2, group.units))})
+            with quiet_transformers():
+                return type(model)._from_config(config, dtype=torch.float32).eval()
+    raise PlanError(f"{type(model).__name__} has no field for its number of layers, so no small twin can be tried")
+
+
+def rebuild(model: PreTrainedModel, solver: ConfigSolver, kept: Kept, check: LogitCheck) -> PreTrainedModel:
     """The cut model, built from an edited configuration by the first class that gives the right logits.
 
     Raises:
         PlanError: there is none.
     """
-    solver = ConfigSolver(model, groups)
+    groups = solver.groups
     wanted = expected_shapes(groups, kept)
     reason = ""
     for model_class, config in solver.targets():

@@ -1,0 +1,45 @@
+"""How many multiply-accumulates a forward pass takes, counted without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def _grouped_flops(rows: Sequence[int], weights: Sequence[int], *_: Any, **__: Any) -> int:
+    """FLOPs of [tokens, in] by [experts, in, out], each token with the weights of one expert."""
+    return 2 * rows[0] * rows[1] * weights[-1]
+
+
+# products that PyTorch's counter does not know
+GROUPED_PRODUCT = {torch.ops.aten._grouped_mm: _grouped_flops} if hasattr(torch.ops.aten, "_grouped_mm") else {}
+
+
+def count_macs(model: PreTrainedModel, prompt_length: int) -> int:
+    """Multiply-accumulates of one forward pass over one prompt, logits of all positions included.
+
+    Counted on tensors without data, so it takes no time to speak of and works on the meta device. What counts are
+    matrix products (half of the FLOPs that PyTorch's counter reports for them); attention counts as the full square
+    of the prompt, whether or not a kernel skips the masked half. Norms and activations do not count.
+    """
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    with (
+        torch.no_grad(),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        sdpa_kernel(SDPBackend.MATH),  # the counter does not know the fused attention of the CPU
+        FlopCounterMode(display=False, custom_mapping=GROUPED_PRODUCT) as counter,
+    ):
+        # only shapes matter; bfloat16 is what the grouped products of experts exist in
+        dtypes = {name: torch.bfloat16 if t.is_floating_point() else t.dtype for name, t in tensors.items()}
+        fake = {name: torch.empty(t.shape, dtype=dtypes[name]) for name, t in tensors.items()}
+        ids = torch.zeros(1, prompt_length, dtype=torch.long)
+        torch.func.functional_call(model, fake, (ids,), {"use_cache": False})
+    return int(counter.get_total_flops()) // 2

@@ -1,0 +1,215 @@
+"""Recipes: the schema of a whole job, read from YAML, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from secateur.errors import RecipeError
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe that knows all its keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Section):
+    """Which checkpoint, and how to load it."""
+
+    source: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+
+class MethodSettings(Section):
+    """Which method."""
+
+    name: Literal["llm-pruner"] = "llm-pruner"
+
+
+class CalibrationSettings(Section):
+    """Text the scores are measured on; LLM-Pruner takes 10 crops of 64 tokens of BookCorpus."""
+
+    source: str = "bookcorpus"
+    field: str | None = None
+    samples: int = Field(10, ge=1)
+    seq_len: int = Field(64, ge=2)
+
+
+class PruneSettings(Section):
+    """What to remove, and how to choose it."""
+
+    param_sparsity: float | None = Field(None, ge=0, lt=1)
+    unit_sparsity: float | None = Field(None, ge=0, lt=1)
+    mode: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
+    criterion: Literal["random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed"] = "taylor-1"
+    reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
+    ranking: Literal["local", "global"] = "local"
+    iterations: int = Field(1, ge=1)
+    calibration: CalibrationSettings = CalibrationSettings()
+    uniform: bool = True
+    round_to: int = Field(1, ge=1)
+    protect_first: int = Field(0, ge=0)
+    protect_last: int = Field(0, ge=0)
+    layer_ratios: dict[int, float] | None = None
+    layer_choice: Literal["importance", "first"] = "importance"
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PruneSettings:
+        if self.param_sparsity is not None and self.unit_sparsity is not None:
+            raise ValueError("give param_sparsity or unit_sparsity, not both")
+        return self
+
+
+class RecoverSettings(Section):
+    """LoRA recovery; defaults are LLM-Pruner's published recipe (LLaMA-7B on alpaca-cleaned)."""
+
+    data: tuple[str, ...] = ("alpaca",)
+    field: str | None = None
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    targets: tuple[str, ...] | None = None
+    learning_rate: float = Field(1e-4, gt=0)
+    epochs: float = Field(2.0, gt=0)
+    steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(64, ge=1)
+    micro_batch_size: int = Field(4, ge=1)
+    seq_len: int = Field(256, ge=2)
+    warmup_steps: int = Field(100, ge=0)
+    train_on_inputs: bool = False
+    eval_every: int | None = Field(None, ge=1)
+    save_every: int = Field(200, ge=1)
+    gradient_checkpointing: bool = False
+
+
+class EvaluationSettings(Section):
+    """Texts to measure perplexity on; the papers use windows of 128, later work 2048."""
+
+    texts: tuple[str, ...] = ()
+    field: str | None = None
+    seq_len: tuple[int, ...] = (128,)
+    stride: int | None = Field(None, ge=1)
+    bos: bool = False
+    batch_size: int = Field(8, ge=1)
+
+
+class Recipe(Section):
+    """A whole job: model, method, budget, recovery, evaluation."""
+
+    model: ModelSettings
+    method: MethodSettings = MethodSettings()
+    prune: PruneSettings = PruneSettings()
+    recovery: RecoverSettings | None = None
+    evaluation: EvaluationSettings = EvaluationSettings()
+    benchmark: bool = False
+    seed: int = 42
+
+
+def parse_recipe(data: Any, origin: str = "recipe") -> Recipe:
+    """Check a recipe.
+
+    Raises:
+        RecipeError: one line per problem, each with its place; unknown keys come with the nearest known one.
+    """
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{origin}: a recipe is a mapping of sections, this is {type(data).__name__}")
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{origin}: {_place(e['loc'])}: {_message(e)}" for e in error.errors()]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def _place(location: Sequence[Any]) -> str:
+    return ".".join(str(part) for part in location) or "recipe"
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    if error["type"] != "extra_forbidden":
+        return f"{error['msg']} (got {error['input']!r})"
+    known = _fields(error["loc"][:-1])
+    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+    return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
+
+
+def _fields(path: Sequence[Any]) -> list[str]:
+    """Names a section knows."""
+    section: Any = Recipe
+    for part in path:
+        annotation = section.model_fields[part].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
+    return list(section.model_fields)
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or one that ships with Secateur by name, with `key=value` overrides.
+
+    Raises:
+        RecipeError: the file cannot be read, an override is malformed, or the recipe does not follow the schema.
+    """
+    text = recipe_text(source)
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{source}: not YAML: {error}") from error
+    if overrides and not isinstance(data, dict):
+        raise RecipeError(f"{source}: a recipe is a mapping of sections")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"override {override!r}: write key=value, for example prune.param_sparsity=0.3")
+        target = data
+        *path, last = key.split(".")
+        for part in path:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise RecipeError(f"override {override!r}: {part} is no section")
+        try:
+            target[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override {override!r}: {value!r} is not a YAML value") from error
+    return parse_recipe(data, str(source))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML with every setting, defaults included."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _recipes_folder() -> Path:
+    """The recipes inside the installed package, or at the repository's root in an editable install."""
+    installed = Path(__file__).parent / "recipes"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that ship with Secateur, such as `llm-pruner/llama-7b`."""
+    folder = _recipes_folder()
+    return sorted(str(f.relative_to(folder).with_suffix("")) for f in folder.rglob("*.yaml"))
+
+
+def recipe_text(source: str | Path) -> str:
+    """The text of a recipe file, or of a shipped recipe by name.
+
+    Raises:
+        RecipeError: there is neither.
+    """
+    shipped = _recipes_folder() / f"{source}.yaml"
+    file = Path(source) if Path(source).is_file() else shipped
+    if not file.is_file():
+        near = difflib.get_close_matches(str(source), list_recipes(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "; `secateur recipes ls` lists those that ship"
+        raise RecipeError(f"{source}: no such recipe{hint}")
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source}: cannot be read: {error}") from error
