@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,7 @@ from secateur.benchmark import bench
 from secateur.checkpoint import Checkpoint, output_folder
 from secateur.config import EvaluationSettings, PruneSettings, Recipe, RecoverSettings, dump_recipe
 from secateur.data import calibration_tokens, load_corpus
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import BudgetError, CheckpointError, PlanError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.importance import CRITERIA
 from secateur.methods import llm_pruner
@@ -71,6 +70,8 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     Raises:
         SecateurError: for anything wrong with the input; nothing is written then.
     """
+    if plan is None and recipe.prune.param_sparsity is None and recipe.prune.unit_sparsity is None:
+        raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
@@ -103,7 +104,9 @@ def _cut(
         replayed = PruningPlan.load(plan)
         made_for = replayed.provenance.get("model_sha256")
         if made_for and made_for != source.sha256:
-            raise checkpoints.other_model(plan, made_for, source.sha256)
+            raise PlanError(
+                f"{plan} was made for another model (sha256 {made_for[:12]}..., this one is {str(source.sha256)[:12]}...)"
+            )
         clock.begin("cut")
         return slice(source.model, replayed, reloadable=recipe.prune.uniform), replayed
     batches = [calibration_batch(source, recipe, results)]
@@ -218,10 +221,7 @@ def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite:
     results = _finished(pruned) or prune(recipe, pruned)
     if recipe.recovery is not None:
         after = _finished(recovered) or recover_checkpoint(recipe, pruned, recovered, resume=resume)
-        for name, figures in after["perplexity"].items():
-            results["perplexity"].setdefault(name, {}).update(recovered=figures["recovered"])
-        results["timing"] |= {k: v for k, v in after["timing"].items() if k.startswith(("recover", "evaluate_recov"))}
-        results["recovery"] = after["recovery"]
+        results = joined(results, after)
     if recipe.benchmark:
         dense = load_model(recipe)
         small = load_model(recipe, recovered if recipe.recovery else pruned)
@@ -251,12 +251,66 @@ def _finished(folder: Path) -> Results | None:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def evaluate(source: Checkpoint, settings: EvaluationSettings, recipe: Recipe) -> Results:
-    """Perplexity of one checkpoint on every text and length of `settings`."""
+def evaluate(source: Checkpoint, recipe: Recipe, *, adapter: Path | None = None) -> Results:
+    """Perplexity of one checkpoint, with a PEFT adapter on top if given, on every text and length of the recipe.
+
+    Raises:
+        CheckpointError: the adapter does not load on this model.
+    """
     results = header("eval", source, recipe)
-    results["perplexity"] = {name: p.to_json() for name, p in measured(source, source.model, settings)}
+    model = source.model
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise CheckpointError(f"cannot put the adapter {adapter} on {source.source}: {error}") from error
+        results["adapter"] = str(adapter)
+    results["perplexity"] = {name: p.to_json() for name, p in measured(source, model, recipe.evaluation)}
     results["memory"] = peak_memory()
     return results
+
+
+def benchmark(recipe: Recipe, against: str | None, settings: Mapping[str, Any]) -> Results:
+    """Parameters, MACs, memory and speed of one checkpoint, against a second one in the same process if given."""
+    source = load_model(recipe)
+    other = load_model(recipe, against).model if against else None
+    results = header("bench", source, recipe)
+    results["benchmark"] = bench(source.model, against=other, **settings).to_json()
+    results["memory"] = peak_memory()
+    return results
+
+
+def prune_and_recover(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: bool = False) -> Results:
+    """`prune` and `recover_checkpoint` in one go; only the recovered checkpoint is kept, with the plan beside it."""
+    with output_folder(output, overwrite=overwrite) as folder:
+        pruned = folder / "pruned"
+        results = prune(recipe, pruned, plan=plan)
+        after = recover_checkpoint(recipe, pruned, folder / "recovered")
+        results = joined(results, after)
+        for file in (folder / "recovered").iterdir():
+            shutil.move(str(file), folder / file.name)
+        shutil.move(str(pruned / "plan.json"), folder / "plan.json")
+        shutil.rmtree(pruned)
+        (folder / "recovered").rmdir()
+        write_json(folder / "results.json", results)
+    return results
+
+
+def joined(pruned: Results, recovered: Results) -> Results:
+    """The results of pruning with those of recovery filed beside them."""
+    perplexity = {name: dict(figures) for name, figures in pruned["perplexity"].items()}
+    for name, figures in recovered["perplexity"].items():
+        perplexity.setdefault(name, {}).update(recovered=figures["recovered"])
+    times = {k: v for k, v in recovered["timing"].items() if k in ("recover_s", "evaluate_recovered_s")}
+    return {
+        **pruned,
+        "perplexity": perplexity,
+        "timing": pruned["timing"] | times,
+        "recovery": recovered["recovery"],
+        "parity": recovered["parity"],
+    }
 
 
 def measured(source: Checkpoint, model: PreTrainedModel, settings: EvaluationSettings) -> Iterator[tuple[str, Any]]:
@@ -338,12 +392,3 @@ def write_json(path: Path, data: Mapping[str, Any] | Sequence[Any]) -> None:
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Fix all random generators for a run."""
-    from transformers import set_seed
-
-    set_seed(seed)
-    yield

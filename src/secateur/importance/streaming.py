@@ -61,7 +61,7 @@ def _gradients_of(
 ) -> Iterator[None]:
     parameters = dict(model.named_parameters())
     flags = {n: p.requires_grad for n, p in parameters.items()}
-    training, checkpointing = model.training, model.is_gradient_checkpointing
+    training = model.training
     handles = []
 
     def hook_for(name: str) -> Callable[[Tensor], None]:
@@ -87,7 +87,7 @@ def _gradients_of(
     finally:
         for handle in handles:
             handle.remove()
-        if gradient_checkpointing and not checkpointing:
+        if gradient_checkpointing:
             model.gradient_checkpointing_disable()
         for name, parameter in parameters.items():
             parameter.grad = None

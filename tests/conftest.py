@@ -1,0 +1,76 @@
+"""What several test files share: a small Llama with a tokenizer, on disk, made once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the old man opened a door and saw his small garden under rain while birds sang of summer".split()
+
+
+def story(seed: int, sentences: int = 40) -> str:
+    """Text with some structure to learn: sentences over a small vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    order = [torch.randperm(len(WORDS), generator=generator)[:7].tolist() for _ in range(sentences)]
+    return " ".join(" ".join(WORDS[i] for i in sorted(words)).capitalize() + "." for words in order)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([story(s) for s in range(4)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama with grouped-query attention, trained for a few seconds on `story`."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=3, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
+        pad_token_id=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    ids = torch.tensor(tokenizer(" ".join(story(s) for s in range(12)))["input_ids"])
+    windows = ids[: len(ids) // 32 * 32].reshape(-1, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(60):
+        batch = windows[torch.randint(len(windows), (16,), generator=torch.Generator().manual_seed(step))]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def checkpoint_folder(trained, tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    trained.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# A test model\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "stories.txt"
+    file.write_text("\n".join(story(s) for s in range(20, 32)) + "\n")
+    return file
