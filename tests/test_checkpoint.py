@@ -1,0 +1,169 @@
+"""What is loaded is whole, what is written is whole or absent."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from families import make
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
+
+from secateur import checkpoint
+from secateur.checkpoint import load, load_skeleton, output_folder, save, verify_reload
+from secateur.errors import CheckpointError
+from secateur.plan import PruningPlan
+
+
+def test_load_and_skeleton(checkpoint_folder, trained):
+    loaded = load(checkpoint_folder)
+    assert loaded.architecture == "llama" and len(loaded.sha256) == 64 and not loaded.model.training
+    assert loaded.tokenizer.bos_token == "<s>"
+    assert all(torch.equal(t, trained.state_dict()[n]) for n, t in loaded.model.state_dict().items())
+    assert load(checkpoint_folder, dtype="bfloat16", device="cpu").model.dtype == torch.bfloat16
+    assert all(p.is_meta for p in load_skeleton(checkpoint_folder).parameters())
+
+
+def damaged(folder, to, change):
+    shutil.copytree(folder, to)
+    change(to)
+    return to
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+def scramble(folder):
+    (folder / "model.safetensors").write_bytes(b"not safetensors at all")
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def drop_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def widen(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+
+
+def deepen(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+
+
+def break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def lose_shard(folder):
+    index = {"weight_map": {"x": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, "model.safetensors is truncated or corrupted"),
+        (scramble, "model.safetensors is truncated or corrupted"),
+        (pickle_only, "only pickled weights"),
+        (drop_weights, "has no weights"),
+        (widen, "lacks weights|cannot load"),
+        (deepen, "lacks weights.*layers.3"),
+        (break_config, "cannot read the configuration"),
+        (lose_shard, "lacks the shard model-00002"),
+    ],
+)
+def test_damaged_folders(checkpoint_folder, tmp_path, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        load(damaged(checkpoint_folder, tmp_path / "m", change))
+
+
+def test_what_is_no_causal_language_model(tmp_path, checkpoint_folder):
+    BertForMaskedLM(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)).save_pretrained(tmp_path / "bert")
+    with pytest.raises(CheckpointError, match="BertForMaskedLM, not a causal"):
+        load(tmp_path / "bert")
+    T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(CheckpointError, match="not a causal"):
+        load_skeleton(tmp_path / "t5")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="is a file"):
+        load(checkpoint_folder / "config.json")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="cannot read the configuration"):
+        load("some/model")
+    with pytest.raises(CheckpointError, match="unknown dtype"):
+        load(checkpoint_folder, dtype="float33")
+
+
+def test_saved_folder_is_complete_and_loads_with_stock_classes(trained, tokenizer, tmp_path):
+    plan = PruningPlan({"g": (0, 2)}, {"g": 3}, {"seed": 1})
+    results = {
+        "params": {"dense": 10, "pruned": 8, "sparsity": 0.2},
+        "perplexity": {"t": {"dense": 1.0, "pruned": 2.0, "tokens": 7, "seq_len": 4}},
+    }
+    folder = save(trained, tmp_path / "out", tokenizer=tokenizer, plan=plan, results=results)
+    names = {f.name for f in folder.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "plan.json", "results.json", "README.md"}
+    assert PruningPlan.load(folder / "plan.json") == plan
+    assert verify_reload(folder, trained) == 0.0
+    assert "20.00% of 10 parameters" in (folder / "README.md").read_text()
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() == trained.num_parameters()
+    with pytest.raises(CheckpointError, match="not empty"):
+        save(trained, folder)
+    save(trained, folder, overwrite=True)
+    assert not (folder / "plan.json").exists()
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_base_models_licence_is_carried_over(checkpoint_folder, tmp_path):
+    base = load(checkpoint_folder)
+    checkpoint.write(base.model, tmp_path, base=base)
+    assert "license: mit" in (tmp_path / "README.md").read_text()
+
+
+def test_a_model_that_does_not_reload_is_not_left_behind(tmp_path):
+    model = make("llama")
+    model.model.layers[0].mlp.down_proj.weight.data = model.model.layers[0].mlp.down_proj.weight.data[:, :40].clone()
+    with pytest.raises(CheckpointError, match="does not load|other logits"):
+        save(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full"), ValueError("x")])
+def test_failures_leave_the_old_folder_or_none(tmp_path, error):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "keep").write_text("1")
+    for target in (old, tmp_path / "new"):
+        with pytest.raises((KeyboardInterrupt, CheckpointError, ValueError)), output_folder(target, overwrite=True) as folder:
+            (folder / "half").write_text("x")
+            raise error
+    assert [f.name for f in tmp_path.iterdir()] == ["old"] and [f.name for f in old.iterdir()] == ["keep"]
+
+
+def test_kill_in_the_middle_leaves_no_folder_of_that_name(tmp_path):
+    code = (
+        "import sys, time\nfrom secateur.checkpoint import output_folder\n"
+        f"with output_folder({str(tmp_path / 'out')!r}) as f:\n"
+        "    (f / 'half').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "ready"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(0.1)
+    assert not (tmp_path / "out").exists()
