@@ -119,7 +119,8 @@ download. It writes recognisable English in the manner of old books, and knows n
 {SHAPE["num_attention_heads"]} query heads on {SHAPE["num_key_value_heads"]} key/value heads, tied embeddings |
 | tokenizer | byte-level BPE, {VOCAB_SIZE} tokens, trained on the same books |
 | training data | 269 books, first published by 1927, public domain in the USA (mlschmitt/classic-books-markdown) |
-| training | {figures["tokens"]:,} tokens ({figures["epochs"]} epochs), AdamW, cosine schedule, {SEQ_LEN}-token windows |
+| training | {figures["tokens"]:,} tokens ({figures["epochs"]} epochs), AdamW, cosine schedule, \
+{SEQ_LEN}-token windows |
 | validation loss | {figures["valid_loss"]} nats per token on {figures["valid_tokens"]:,} tokens of 6 books by other \
 authors (perplexity {figures["valid_perplexity"]}, {SEQ_LEN}-token windows, each starting with `<s>`) |
 | licence of weights and tokenizer | CC0-1.0 |

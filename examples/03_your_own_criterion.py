@@ -15,7 +15,9 @@ def weight_times_gradient(group: sc.Group, weights: dict, grads: dict) -> torch.
     total = torch.zeros(group.units)
     for m in group.members:
         if m.role == "consumer":
-            w, g = (t[m.parameter].float().movedim(m.dim, 0)[torch.from_numpy(m.index)].flatten(1) for t in (weights, grads))
+            w, g = (
+                t[m.parameter].float().movedim(m.dim, 0)[torch.from_numpy(m.index)].flatten(1) for t in (weights, grads)
+            )
             total += w.norm(dim=1) * g.norm(dim=1)
     return total
 

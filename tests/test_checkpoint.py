@@ -90,7 +90,9 @@ def test_damaged_folders(checkpoint_folder, tmp_path, change, message):
 
 
 def test_what_is_no_causal_language_model(tmp_path, checkpoint_folder):
-    BertForMaskedLM(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)).save_pretrained(tmp_path / "bert")
+    BertForMaskedLM(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ).save_pretrained(tmp_path / "bert")
     with pytest.raises(CheckpointError, match="BertForMaskedLM, not a causal"):
         load(tmp_path / "bert")
     T5Config().save_pretrained(tmp_path / "t5")
@@ -138,7 +140,7 @@ def test_the_base_models_licence_is_carried_over(checkpoint_folder, tmp_path):
 def test_a_model_that_does_not_reload_is_not_left_behind(tmp_path):
     model = make("llama")
     model.model.layers[0].mlp.down_proj.weight.data = model.model.layers[0].mlp.down_proj.weight.data[:, :40].clone()
-    with pytest.raises(CheckpointError, match="does not load|other logits"):
+    with pytest.raises(CheckpointError, match=r"does not load|other logits"):
         save(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -149,7 +151,10 @@ def test_failures_leave_the_old_folder_or_none(tmp_path, error):
     old.mkdir()
     (old / "keep").write_text("1")
     for target in (old, tmp_path / "new"):
-        with pytest.raises((KeyboardInterrupt, CheckpointError, ValueError)), output_folder(target, overwrite=True) as folder:
+        with (
+            pytest.raises((KeyboardInterrupt, CheckpointError, ValueError)),
+            output_folder(target, overwrite=True) as folder,
+        ):
             (folder / "half").write_text("x")
             raise error
     assert [f.name for f in tmp_path.iterdir()] == ["old"] and [f.name for f in old.iterdir()] == ["keep"]

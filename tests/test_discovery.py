@@ -72,7 +72,9 @@ def test_phi3_fused_projections():
     gate_up = members(groups, "model.layers.0.mlp/ffn_channel")["gate_up_proj", 0][0]
     np.testing.assert_array_equal(gate_up, np.stack([np.arange(44), np.arange(44) + 44], axis=1))
     qkv = members(groups, "model.layers.1.self_attn/kv_group")["qkv_proj", 0][0]
-    expected = [[*range(16 * k, 16 * k + 16), *range(48 + 8 * k, 56 + 8 * k), *range(72 + 8 * k, 80 + 8 * k)] for k in range(3)]
+    expected = [
+        [*range(16 * k, 16 * k + 16), *range(48 + 8 * k, 56 + 8 * k), *range(72 + 8 * k, 80 + 8 * k)] for k in range(3)
+    ]
     np.testing.assert_array_equal(qkv, expected)
 
 

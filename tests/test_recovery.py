@@ -15,7 +15,9 @@ from secateur.evaluation import perplexity
 from secateur.recovery import RecoverySettings, recover
 from secateur.recovery.examples import IGNORED, instruction_example, training_examples
 
-QUICK = RecoverySettings(steps=8, batch_size=4, micro_batch_size=2, seq_len=32, learning_rate=5e-3, dropout=0.0, save_every=4)
+QUICK = RecoverySettings(
+    steps=8, batch_size=4, micro_batch_size=2, seq_len=32, learning_rate=5e-3, dropout=0.0, save_every=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +102,10 @@ def test_conv1d_models_and_untied_heads(tokenizer, corpus, tmp_path):
     for family in ("gpt2", "qwen2"):
         model = make(family, vocab_size=len(tokenizer))
         settings = RecoverySettings(**{**vars(QUICK), "steps": 1, "gradient_checkpointing": True})
-        assert recover(model, tokenizer, [corpus], settings, tmp_path / family).model.num_parameters() == model.num_parameters()
+        assert (
+            recover(model, tokenizer, [corpus], settings, tmp_path / family).model.num_parameters()
+            == model.num_parameters()
+        )
 
 
 def test_too_little_text_and_broken_losses(damaged, tokenizer, corpus, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -134,7 +133,9 @@ def _config(place: Path | str, trust_remote_code: bool) -> PreTrainedConfig:
     other_head = heads and not any(h.endswith(("ForCausalLM", "LMHeadModel")) for h in heads) and not remote
     if getattr(config, "is_encoder_decoder", False) or not generative or other_head:
         what = heads[0] if heads else config.model_type
-        raise CheckpointError(f"{place} is {what}, not a causal (decoder-only) language model; Secateur prunes only those")
+        raise CheckpointError(
+            f"{place} is {what}, not a causal (decoder-only) language model; Secateur prunes only those"
+        )
     return config
 
 
@@ -230,11 +231,11 @@ def _replace(temporary: Path, output: Path) -> None:
     """Rename, moving an existing folder out of the way first."""
     if output.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-        os.replace(output, old / "old")
-        os.replace(temporary, output)
+        output.replace(old / "old")
+        temporary.replace(output)
         shutil.rmtree(old, ignore_errors=True)
     else:
-        os.replace(temporary, output)
+        temporary.replace(output)
 
 
 def save(
@@ -249,7 +250,7 @@ def save(
     """Write a checkpoint that plain `from_pretrained` loads, and read it back.
 
     Raises:
-        CheckpointError: the folder is in use, or what was written does not load to the same model; nothing is left then.
+        CheckpointError: the folder is in use, or what was written does not load to the same model (it is removed then).
     """
     with output_folder(output, overwrite=overwrite) as folder:
         write(model, folder, tokenizer=tokenizer, plan=plan, results=results)

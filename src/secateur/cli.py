@@ -84,7 +84,9 @@ def groups(
         if not first.prunable:
             verdict = f"no: {first.refusals[0]}"
         elif proof is not None:
-            how = f"saved through {', '.join(proof.fields)}" if proof.route == "config" else f"in memory; {proof.reason}"
+            how = (
+                f"saved through {', '.join(proof.fields)}" if proof.route == "config" else f"in memory; {proof.reason}"
+            )
             verdict = f"{proof.max_difference:.1e}; {how}" if proof.proven else f"not proven: {proof.reason}"
         else:
             verdict = "yes" if first.kind in OFFERED_KINDS else "not offered"
@@ -115,7 +117,7 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = None,
     method: Annotated[str | None, typer.Option(help="llm-pruner")] = None,
     mode: Annotated[str | None, typer.Option(help="block-wise, channel-wise or layer-wise")] = None,
-    criterion: Annotated[str | None, typer.Option(help="random, l1, l2, taylor-vector, taylor-1, taylor-2, taylor-mixed")] = None,
+    criterion: Annotated[str | None, typer.Option(help="random, l1, l2, taylor-vector, -1, -2 or -mixed")] = None,
     reduction: Annotated[str | None, typer.Option(help="sum, mean, max, prod or first")] = None,
     ranking: Annotated[str | None, typer.Option(help="local or global")] = None,
     iterations: Annotated[int | None, typer.Option(help="Steps over which sparsity grows, scores refreshed.")] = None,
@@ -130,7 +132,7 @@ def prune(
     text: Text = None,
     recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Recovery data; may be repeated.")] = None,
-    no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default without --recover-steps).")] = False,
+    no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,
     seed: Seed = 42,
     dtype: Dtype = None,
     device: Device = None,
@@ -302,7 +304,9 @@ def bench(
 @app.command()
 def run(
     recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a recipe that ships with Secateur.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example prune.param_sparsity=0.3")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for example prune.param_sparsity=0.3")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("run"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Overwrite = False,
@@ -311,9 +315,7 @@ def run(
     from secateur import pipeline
     from secateur.config import load_recipe
 
-    print_results(
-        pipeline.run_recipe(load_recipe(recipe, overrides or []), output, resume=resume, overwrite=overwrite)
-    )
+    print_results(pipeline.run_recipe(load_recipe(recipe, overrides or []), output, resume=resume, overwrite=overwrite))
     out.print(f"run folder: {output}")
 
 
@@ -335,7 +337,10 @@ def recipes_show(name: Annotated[str, typer.Argument()]) -> None:
 
 
 @recipes_app.command("validate")
-def recipes_validate(file: Annotated[str, typer.Argument()], overrides: Annotated[list[str] | None, typer.Argument()] = None) -> None:  # fmt: skip
+def recipes_validate(
+    file: Annotated[str, typer.Argument()],
+    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+) -> None:
     """Check a recipe without running it."""
     from secateur.config import load_recipe
 

@@ -1,8 +1,8 @@
 """Text for calibration, recovery and evaluation: known corpora by name, or local files, read as they are.
 
-A corpus is a tuple of rows as the Hugging Face hub gives them, so that `"\\n\\n".join(rows)` is the text the papers use:
-a plain text file gives one row per line. A line of white space alone is the row `""`; any other line keeps its newline
-(as the hub's `wikitext` has it). Corpora whose hub form strips lines (`ptb_text_only`) are read with `strip=True`.
+A corpus is a tuple of rows as the Hugging Face hub gives them, so that `"\\n\\n".join(rows)` is the text the papers
+use: a plain text file gives one row per line. A line of white space alone is the row `""`; any other line keeps its
+newline (as the hub's `wikitext` has it). Files named `ptb*` are stripped line by line, as the hub's `ptb_text_only` is.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def _records(rows: list[dict[str, Any]], field: str | None, origin: object) -> l
     wanted = field or "text"
     for number, row in enumerate(rows, start=1):
         if wanted not in row:
-            raise DataError(f"{origin}, row {number}: no field {wanted!r}; it has {', '.join(row)} (choose with field=)")
+            raise DataError(
+                f"{origin}, row {number}: no field {wanted!r}; it has {', '.join(row)} (choose with field=)"
+            )
     return [str(r[wanted]) for r in rows]
 
 
@@ -200,7 +202,8 @@ def calibration_tokens(
     stream = _encode(tokenizer, "\n\n".join(texts))
     if len(stream) < seq_len:
         raise DataError(
-            f"{corpus.source} has {len(stream)} tokens, fewer than one window of {seq_len}; give more text or a smaller --seq-len"
+            f"{corpus.source} has {len(stream)} tokens, fewer than one window of {seq_len}; "
+            "give more text or a smaller --seq-len"
         )
     return torch.stack([_crop(stream, seq_len, generator) for _ in range(samples)])
 

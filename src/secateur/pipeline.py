@@ -1,4 +1,4 @@
-"""The steps of the whole job, each from one checkpoint folder to the next, and the recipe that strings them together."""
+"""The steps of the whole job, each from one checkpoint folder to the next, and the recipe that joins them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from secateur.config import EvaluationSettings, PruneSettings, Recipe, RecoverSe
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, CheckpointError, PlanError, RecipeError
 from secateur.evaluation import perplexity
-from secateur.importance import CRITERIA
+from secateur.importance import CRITERIA, Random
 from secateur.methods import llm_pruner
 from secateur.plan import PruningPlan
 from secateur.recovery import RecoverySettings, recover
@@ -105,7 +105,7 @@ def _cut(
         made_for = replayed.provenance.get("model_sha256")
         if made_for and made_for != source.sha256:
             raise PlanError(
-                f"{plan} was made for another model (sha256 {made_for[:12]}..., this one is {str(source.sha256)[:12]}...)"
+                f"{plan} was made for another model: sha256 {made_for[:12]}..., here {str(source.sha256)[:12]}..."
             )
         clock.begin("cut")
         return slice(source.model, replayed, reloadable=recipe.prune.uniform), replayed
@@ -117,9 +117,7 @@ def _cut(
 
 def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     """The method's settings that a recipe describes."""
-    criterion = CRITERIA[prune.criterion]
-    if prune.criterion == "random":
-        criterion = type(criterion)(seed=seed)
+    criterion = Random(seed) if prune.criterion == "random" else CRITERIA[prune.criterion]
     return llm_pruner.LLMPruner(
         budget=Budget(param_sparsity=prune.param_sparsity, unit_sparsity=prune.unit_sparsity),
         criterion=criterion,
@@ -319,14 +317,17 @@ def measured(source: Checkpoint, model: PreTrainedModel, settings: EvaluationSet
         corpus = load_corpus(text, field=settings.field)
         for seq_len in settings.seq_len:
             name = corpus.name if len(settings.seq_len) == 1 else f"{corpus.name}@{seq_len}"
-            yield name, perplexity(
-                model,
-                needs_tokenizer(source),
-                corpus,
-                seq_len=seq_len,
-                stride=settings.stride,
-                bos=settings.bos,
-                batch_size=settings.batch_size,
+            yield (
+                name,
+                perplexity(
+                    model,
+                    needs_tokenizer(source),
+                    corpus,
+                    seq_len=seq_len,
+                    stride=settings.stride,
+                    bos=settings.bos,
+                    batch_size=settings.batch_size,
+                ),
             )
 
 

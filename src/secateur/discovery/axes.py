@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,11 +153,11 @@ def _align_sums(a: Axis, b: Axis, where: str) -> None:
 
 def _align_products(a: Axis, b: Axis, where: str) -> None:
     inner = {math.prod(f.size for f in axis.parts[i:]) for axis in (a, b) for i in range(len(axis.parts))}
-    steps = sorted(inner, reverse=True) + [1]
-    if any(big % small for big, small in zip(steps, steps[1:], strict=False)):
+    steps = [*sorted(inner, reverse=True), 1]
+    if any(big % small for big, small in pairwise(steps)):
         conflict((a, b), f"{where} ties two layouts that do not nest")
         return
-    sizes = [big // small for big, small in zip(steps, steps[1:], strict=False) if big != small]
+    sizes = [big // small for big, small in pairwise(steps) if big != small]
     for x, y in zip(factorise(a, sizes, where), factorise(b, sizes, where), strict=True):
         unify(x, y, where)
 

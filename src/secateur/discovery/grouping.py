@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from secateur.discovery.axes import Axis, NotSeparableError, leaves, positions
@@ -101,7 +101,9 @@ def _group_of(
         role = "consumer" if name in consumed and _contracted(trace, name, stored[name][dim]) else "producer"
         members.append(Member(name, dim, index, role))  # type: ignore[arg-type]
     kind = _kind_of(leaf, places, stored, trace, heads, bool(consumed))
-    return Group(f"{_home(places, trace, kind)}/{kind}".lstrip("/"), kind, leaf.size, tuple(members), (), tuple(refusals))
+    return Group(
+        f"{_home(places, trace, kind)}/{kind}".lstrip("/"), kind, leaf.size, tuple(members), (), tuple(refusals)
+    )
 
 
 def _contracted(trace: Trace, name: str, axis: Axis) -> bool:
@@ -140,7 +142,8 @@ def _block_of(parameter: str, trace: Trace) -> str | None:
 def _home(places: list[tuple[str, int]], trace: Trace, kind: str) -> str:
     """The module a group is named after: the deepest one that holds all its parameters."""
     names = [name.split(".") for name, _ in places]
-    common = os.path.commonprefix([parts[:-1] for parts in names])
+    shared = takewhile(lambda level: len(set(level)) == 1, zip(*(parts[:-1] for parts in names), strict=False))
+    common = [level[0] for level in shared]
     return "" if kind == "hidden" and len({_block_of(n, trace) for n, _ in places}) > 1 else ".".join(common)
 
 

@@ -141,7 +141,9 @@ def _batch_loss(model: PreTrainedModel, batch: list[Window], prefix: Tensor) -> 
 def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seq_len: int) -> Tensor:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
-        raise DataError(f"windows of {seq_len} tokens exceed the model's {positions} positions; choose a smaller seq_len")
+        raise DataError(
+            f"windows of {seq_len} tokens exceed the model's {positions} positions; choose a smaller seq_len"
+        )
     encoded = tokenizer("\n\n".join(corpus.texts), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(encoded, dtype=torch.long)
 

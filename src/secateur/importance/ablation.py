@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def leave_one_out(
-    model: PreTrainedModel, groups: Sequence[Group], batches: Sequence[Tensor]
-) -> dict[str, Tensor]:
+def leave_one_out(model: PreTrainedModel, groups: Sequence[Group], batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """Change of the mean token loss when one unit's weights are zeroed, for every unit of every group.
 
     A layer is zeroed with all its parameters, which in a residual network leaves the hidden states unchanged. The model

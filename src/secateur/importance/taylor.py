@@ -76,9 +76,7 @@ class Taylor:
 
         passes = sequences if self.order == 2 else batches
         shares = [1.0] * len(passes) if self.order == 2 else _shares(batches)
-        backward(
-            model, wanted, passes, visit, weights=shares, gradient_checkpointing=self.gradient_checkpointing
-        )
+        backward(model, wanted, passes, visit, weights=shares, gradient_checkpointing=self.gradient_checkpointing)
         if self.order == 2:
             return {axis: values / len(sequences) for axis, values in found.items()}
         return {axis: values.abs() for axis, values in found.items()}
@@ -108,9 +106,7 @@ class Taylor:
                     square = (g * len(batches)).square() / len(batches)  # the pass was weighted by 1 / len(batches)
                     fisher[name] = fisher[name].add_(square) if name in fisher else square
 
-            backward(
-                model, chunk, batches, visit, weights=shares, gradient_checkpointing=self.gradient_checkpointing
-            )
+            backward(model, chunk, batches, visit, weights=shares, gradient_checkpointing=self.gradient_checkpointing)
             for name in first:
                 weight = parameters[name].detach().float()
                 salience = weight * first[name]

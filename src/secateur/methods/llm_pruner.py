@@ -4,7 +4,7 @@
 | --- | --- |
 | group G: neurons with in- or out-degree 1 triggered together (3.1) | `Group`, from the traced computation |
 | I(W_i), vector-wise importance (Eq. 3) | `Taylor(granularity="vector")` |
-| I(W_i^k), element-wise, first order ("Element1") and second order with diagonal Fisher ("Element2") (Eq. 5) | `Taylor` |
+| I(W_i^k), element-wise, first order ("Element1"), second with diagonal Fisher ("Element2") (Eq. 5) | `Taylor` |
 | aggregation over the group: summation, production, max, last-only (3.2) | `reduction` |
 | block-wise, channel-wise, layer-wise | `mode` |
 
@@ -146,7 +146,9 @@ def select(model: PreTrainedModel, groups: Groups, settings: LLMPruner) -> tuple
         left_whole |= inexpressible(model, groups, kinds)
     chosen = tuple(g for g in groups.of_kinds(kinds) if g.family not in left_whole)
     if not chosen:
-        reasons = "; ".join(dict.fromkeys(left_whole.values())) or f"the model has no groups of kinds {', '.join(kinds)}"
+        reasons = (
+            "; ".join(dict.fromkeys(left_whole.values())) or f"the model has no groups of kinds {', '.join(kinds)}"
+        )
         raise PlanError(f"nothing can be pruned {settings.mode}: {reasons}")
     return replace(groups, groups=chosen), left_whole
 

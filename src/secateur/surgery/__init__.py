@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from secateur.groups import Groups
-from secateur.surgery.mask import mask
+from secateur.surgery.masking import mask
 from secateur.surgery.proof import OFFERED_KINDS, Proof, prove
 from secateur.surgery.slicing import checked_solver, slice
 

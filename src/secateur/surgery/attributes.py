@@ -1,8 +1,8 @@
 """Cut a model in place of its modules, for widths that no configuration expresses.
 
-Modules keep sizes as plain attributes (`num_heads`, `split_size`, `normalized_shape`). Which of them must follow a cut is
-found by trial: attributes equal to a size that changed are candidates, and the first combination whose logits are right
-is kept. The result runs and can be compared, but a stock class cannot load it.
+Modules keep sizes as plain attributes (`num_heads`, `split_size`, `normalized_shape`). Which of them must follow a cut
+is found by trial: attributes equal to a size that changed are candidates, and the first combination whose logits are
+right is kept. The result runs and can be compared, but a stock class cannot load it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -165,8 +165,8 @@ class ConfigSolver:
             found = {len(kept.get(g.name, range(g.units))) for g in members}
             if len(found) > 1:
                 raise PlanError(
-                    f"{family} keeps {min(found)} to {max(found)} units depending on the layer; a stock class needs the "
-                    "same number in every layer (prune with uniform widths)"
+                    f"{family} keeps {min(found)} to {max(found)} units depending on the layer; a stock class needs "
+                    "the same number in every layer (prune with uniform widths)"
                 )
             if found != {members[0].units}:
                 counts[family] = found.pop()
@@ -289,5 +289,3 @@ def _rebuilt(config: PreTrainedConfig, values: Mapping[str, Any]) -> PreTrainedC
         new = type(config)(**{**data, **{aliases.get(k, k): v for k, v in values.items()}})
     new.dtype = config.dtype
     return new
-
-
