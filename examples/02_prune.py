@@ -14,7 +14,7 @@ model, tokenizer = loaded.model, loaded.tokenizer
 tokens = sc.calibration_tokens(sc.load_corpus("demo-calibration"), tokenizer, samples=10, seq_len=64, seed=42)
 
 groups = sc.discover(model)
-chosen = sc.Groups(groups.of_kinds(["ffn_channel", "kv_group"]), groups.shapes, groups.buffers, groups.tied)
+chosen = groups.only(["ffn_channel", "kv_group"])
 scores = sc.score(model, chosen, [tokens], sc.Taylor(order=1))
 plan = sc.allocate(chosen, scores, sc.Budget(param_sparsity=0.2))
 small = sc.slice(model, plan)

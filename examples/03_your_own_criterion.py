@@ -25,7 +25,7 @@ def weight_times_gradient(group: sc.Group, weights: dict, grads: dict) -> torch.
 loaded = sc.load(sys.argv[1] if len(sys.argv) > 1 else "demo")
 tokens = sc.calibration_tokens(sc.load_corpus("demo-calibration"), loaded.tokenizer, samples=10, seq_len=64, seed=42)
 groups = sc.discover(loaded.model)
-chosen = sc.Groups(groups.of_kinds(["ffn_channel", "kv_group"]), groups.shapes, groups.buffers, groups.tied)
+chosen = groups.only(["ffn_channel", "kv_group"])
 for name, criterion in (("own", weight_times_gradient), ("taylor", sc.Taylor(order=1)), ("l2", sc.Magnitude(p=2))):
     scores = sc.score(loaded.model, chosen, [tokens], criterion)
     plan = sc.allocate(chosen, scores, sc.Budget(param_sparsity=0.2))

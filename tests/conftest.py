@@ -50,10 +50,10 @@ def trained(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     ids = torch.tensor(tokenizer(" ".join(story(s) for s in range(12)))["input_ids"])
-    windows = ids[: len(ids) // 128 * 128].reshape(-1, 128)
+    windows = ids[: len(ids) // 32 * 32].reshape(-1, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for step in range(120):
-        batch = windows[torch.randint(len(windows), (8,), generator=torch.Generator().manual_seed(step))]
+    for step in range(60):
+        batch = windows[torch.randint(len(windows), (16,), generator=torch.Generator().manual_seed(step))]
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -116,6 +116,10 @@ class Groups(Sequence[Group]):
     def of_kinds(self, kinds: Sequence[str]) -> tuple[Group, ...]:
         """The prunable groups of these kinds."""
         return tuple(g for g in self.prunable if g.kind in kinds)
+
+    def only(self, kinds: Sequence[str]) -> Groups:
+        """The same model with just its prunable groups of these kinds."""
+        return replace(self, groups=self.of_kinds(kinds))
 
     def families(self, kinds: Sequence[str]) -> dict[str, list[Group]]:
         """The prunable groups of these kinds, by family."""

@@ -93,6 +93,7 @@ class ConfigSolver:
         self.groups = groups
         self.accept = accept
         self._rules: dict[str, FieldRule | None] = dict(rules or {})
+        self._misfits: dict[str, tuple[str, ...]] = {}
         self._lenient: list[tuple[type[PreTrainedModel], PreTrainedConfig]] | None = None
 
     def rule(self, family: str) -> FieldRule | None:
@@ -149,6 +150,11 @@ class ConfigSolver:
     def refusal(self, family: str) -> str:
         """Why a family cannot be cut uniformly."""
         name = type(self.config).__name__
+        if family in self._misfits:
+            return (
+                f"{name} can set the width of {family} ({', '.join(self._misfits[family])}), but the class derives a "
+                "constant from it, so the result would compute something else"
+            )
         return f"{name} has no field that sets the width of {family} alone, so no stock class could load the result"
 
     def _groups(self, family: str) -> list[Group]:
@@ -184,10 +190,11 @@ class ConfigSolver:
             wanted = expected_shapes(self.groups, kept)
             for model_class, config in self.targets():
                 for rule in self._candidates(config, members[0], count):
-                    if self._fits(model_class, config, rule, members[0], count, wanted) and self.accept(
-                        family, rule, count
-                    ):
+                    if not self._fits(model_class, config, rule, members[0], count, wanted):
+                        continue
+                    if self.accept(family, rule, count):
                         return rule
+                    self._misfits[family] = rule.fields
         return None
 
     def _fits(
