@@ -247,6 +247,16 @@ def test_an_output_in_use_is_left_alone(secateur, checkpoint_folder, tmp_path):
     assert code == 2 and "not empty" in err and [f.name for f in Path(tmp_path).iterdir()] == ["keep"]
 
 
+def test_ctrl_c_leaves_nothing(secateur, checkpoint_folder, text_file, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline.checkpoints, "verify_reload", interrupt)  # by then everything has been written
+    flags = ["--sparsity", 0.2, "--calibration", text_file, "--seq-len", 32]
+    code, _, _ = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *flags)
+    assert code == 130 and not list(tmp_path.iterdir())
+
+
 def test_examples_run(tmp_path):
     import subprocess
 

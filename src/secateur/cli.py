@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from secateur.errors import SecateurError
 
@@ -32,6 +32,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python cod
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; as stored if not given.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Field = Annotated[str | None, typer.Option(help="Field of JSON rows that holds the text; `text` if not given.")]
 
 
 def main() -> None:
@@ -76,7 +77,8 @@ def groups(
         families.setdefault(group.family, []).append(group)
     proofs = {p.family: p for p in prove(subject)} if verify else {}
 
-    table = Table("family", "kind", "groups", "units", "masked = sliced" if verify else "prunable")
+    verdict = "masked = sliced" if verify else "prunable"
+    table = Table(Column("family / kind", no_wrap=True), "groups", "units", Column(verdict, overflow="fold"))
     rows = []
     for family, members in families.items():
         first = members[0]
@@ -90,7 +92,7 @@ def groups(
             verdict = f"{proof.max_difference:.1e}; {how}" if proof.proven else f"not proven: {proof.reason}"
         else:
             verdict = "yes" if first.kind in OFFERED_KINDS else "not offered"
-        table.add_row(family, first.kind, str(len(members)), str(first.units), verdict)
+        table.add_row(family, str(len(members)), str(first.units), verdict)
         rows.append(
             {
                 "family": family,
@@ -124,6 +126,13 @@ def prune(
     calibration: Annotated[str | None, typer.Option(help="Corpus name or text file.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
+    field: Field = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations while scoring: less memory.")
+    ] = None,
+    layer_choice: Annotated[
+        str | None, typer.Option(help="For layer-wise: importance, or first (keep the first ones).")
+    ] = None,
     uniform: Annotated[bool, typer.Option("--uniform/--per-layer", help="The same widths in every layer.")] = True,
     round_to: Annotated[int | None, typer.Option(help="Make channel counts multiples of this.")] = None,
     protect_first: Annotated[int | None, typer.Option(help="Layers at the start to leave whole.")] = None,
@@ -157,13 +166,20 @@ def prune(
                 "reduction": reduction,
                 "ranking": ranking,
                 "iterations": iterations,
+                "gradient_checkpointing": gradient_checkpointing,
+                "layer_choice": layer_choice,
                 "uniform": uniform,
                 "round_to": round_to,
                 "protect_first": protect_first,
                 "protect_last": protect_last,
                 "calibration": {
                     k: v
-                    for k, v in {"source": calibration, "samples": samples, "seq_len": seq_len}.items()
+                    for k, v in {
+                        "source": calibration,
+                        "field": field,
+                        "samples": samples,
+                        "seq_len": seq_len,
+                    }.items()
                     if v is not None
                 },
             },
@@ -194,6 +210,7 @@ def recover(
     batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    field: Field = None,
     text: Text = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training checkpoint.")] = False,
     seed: Seed = 42,
@@ -219,6 +236,7 @@ def recover(
                 "batch_size": batch_size,
                 "micro_batch_size": micro_batch_size,
                 "seq_len": seq_len,
+                "field": field,
             },
             "evaluation": {"texts": text},
         },
@@ -234,6 +252,7 @@ def eval_(
     text: Text = None,
     adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder to put on top.")] = None,
     seq_len: Annotated[list[int] | None, typer.Option(help="Window length in tokens; may be repeated.")] = None,
+    field: Field = None,
     stride: Annotated[int | None, typer.Option(help="Overlapping windows that move by this many tokens.")] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
     batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
@@ -251,6 +270,7 @@ def eval_(
             "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
             "evaluation": {
                 "texts": text or ["wikitext2"],
+                "field": field,
                 "seq_len": seq_len,
                 "stride": stride,
                 "bos": bos,

@@ -53,6 +53,7 @@ class PruneSettings(Section):
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     ranking: Literal["local", "global"] = "local"
     iterations: int = Field(1, ge=1)
+    gradient_checkpointing: bool = False
     calibration: CalibrationSettings = CalibrationSettings()
     uniform: bool = True
     round_to: int = Field(1, ge=1)

@@ -154,7 +154,7 @@ def _records(rows: list[dict[str, Any]], field: str | None, origin: object) -> l
     for number, row in enumerate(rows, start=1):
         if wanted not in row:
             raise DataError(
-                f"{origin}, row {number}: no field {wanted!r}; it has {', '.join(row)} (choose with field=)"
+                f"{origin}, row {number}: no field {wanted!r}; it has {', '.join(row)} (choose one with --field)"
             )
     return [str(r[wanted]) for r in rows]
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from secateur.config import EvaluationSettings, PruneSettings, Recipe, RecoverSe
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, CheckpointError, PlanError, RecipeError
 from secateur.evaluation import perplexity
-from secateur.importance import CRITERIA, Random
+from secateur.importance import CRITERIA, Criterion, Random, Taylor
 from secateur.methods import llm_pruner
 from secateur.plan import PruningPlan
 from secateur.recovery import RecoverySettings, recover
@@ -117,7 +117,11 @@ def _cut(
 
 def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     """The method's settings that a recipe describes."""
-    criterion = Random(seed) if prune.criterion == "random" else CRITERIA[prune.criterion]
+    criterion: Criterion = CRITERIA[prune.criterion]
+    if isinstance(criterion, Random):
+        criterion = replace(criterion, seed=seed)
+    if isinstance(criterion, Taylor):
+        criterion = replace(criterion, gradient_checkpointing=prune.gradient_checkpointing)
     return llm_pruner.LLMPruner(
         budget=Budget(param_sparsity=prune.param_sparsity, unit_sparsity=prune.unit_sparsity),
         criterion=criterion,
