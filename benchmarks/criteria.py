@@ -10,6 +10,7 @@ the same perplexity. `python benchmarks/results_page.py` renders all result file
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 import time
 from pathlib import Path
@@ -92,12 +93,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def masked_against_sliced(model: Any, small: Any, plan: PruningPlan) -> float:
-    """Largest difference of logits on a probe."""
+def masked_against_sliced(model: Any, small: Any, plan: PruningPlan) -> dict[str, float]:
+    """Largest difference of logits on a probe: in float32 relative to the largest logit, in float64 absolute."""
     ids = probe_ids(model)
-    with sc.mask(model, plan):
-        masked = plain_logits(model, ids)
-    return float((plain_logits(small, ids) - masked).abs().max())
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        dense, sliced = copy.deepcopy(model).to(dtype), copy.deepcopy(small).to(dtype)
+        with sc.mask(dense, plan):
+            masked = plain_logits(dense, ids)
+        difference = float((plain_logits(sliced, ids) - masked).abs().max())
+        found[str(dtype)] = difference / float(masked.abs().max()) if dtype == torch.float32 else difference
+    return {"float32_relative": found["torch.float32"], "float64": found["torch.float64"]}
 
 
 def main() -> None:

@@ -34,8 +34,9 @@ def criteria() -> list[str]:
         "",
         "`benchmarks/criteria.py`: block-wise, uniform widths, local ranking, one seed. Perplexity is per token on",
         "TinyStories valid; recovery is LoRA of rank 8 on TinyStories train, the same steps for every row.",
-        "Masked - sliced is the largest difference of logits between zeroing the units and removing them;",
-        "reloaded - pruned that of the perplexity after saving and loading with plain transformers.",
+        "Masked - sliced is the largest difference of logits between zeroing the units and removing them, in float32",
+        "relative to the largest logit and in float64; reloaded - pruned that of the perplexity after saving and",
+        "loading with plain transformers.",
         "",
     ]
     for data in results("criteria_*.json"):
@@ -52,7 +53,8 @@ def criteria() -> list[str]:
         for r in data["rows"]:
             lines.append(
                 f"| {r['reached']:.2%} | {r['criterion']} | {r['parameters']:,} | {r['pruned']:.2f} | "
-                f"{r['recovered']:.2f} | {r['masked_vs_sliced']:.0e} | {abs(r['reloaded'] - r['pruned']):.0e} |"
+                f"{r['recovered']:.2f} | {r['masked_vs_sliced']['float32_relative']:.0e}, "
+                f"{r['masked_vs_sliced']['float64']:.0e} | {abs(r['reloaded'] - r['pruned']):.0e} |"
             )
         lines.append("")
     return lines

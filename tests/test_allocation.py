@@ -276,7 +276,7 @@ def test_layer_ratios_override_the_share_and_the_protection():
 def test_layer_ratios_beyond_the_budget_are_refused():
     groups = llama_groups(layers=2, ffn=20)
     scores = random_scores(groups, ["ffn_channel"])
-    with pytest.raises(BudgetError, match="layer_ratios alone remove"):
+    with pytest.raises(BudgetError, match="of layers or kinds alone remove"):
         allocate(groups, scores, Budget(0.1), uniform=False, layer_ratios={0: 0.5})
 
 

@@ -93,6 +93,18 @@ def test_prune_and_recover_in_one_command(secateur, checkpoint_folder, text_file
     assert [f.name for f in tmp_path.iterdir()] == ["o"]
 
 
+def test_kinds_by_name_with_a_share_of_their_own(secateur, checkpoint_folder, text_file, tmp_path):
+    flags = ["--calibration", text_file, "--samples", 4, "--seq-len", 32, "--kinds", "ffn_channel,kv_group=0.34"]
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", 0.3, *flags)
+    assert code == 0, err
+    config = json.loads((tmp_path / "o" / "config.json").read_text())
+    assert config["num_key_value_heads"] == 2 and config["intermediate_size"] < 96
+    params = json.loads((tmp_path / "o" / "results.json").read_text())["params"]
+    assert abs(params["sparsity"] - 0.3) * params["dense"] <= 3 * 3 * 48
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "p", "--kinds", "kv_group=x")
+    assert code == 2 and "is no number" in err
+
+
 def test_a_plan_is_replayed_exactly(secateur, checkpoint_folder, pruned, tmp_path):
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "again", "--plan", pruned / "plan.json")
     assert code == 0, err

@@ -8,11 +8,13 @@ import torch
 from families import FAMILIES, make
 from transformers import AutoModelForCausalLM
 
+from secateur.allocation import Budget, allocate
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference, plain_logits, probe_ids
 from secateur.errors import PlanError
+from secateur.importance import Magnitude, score
 from secateur.plan import PruningPlan
-from secateur.surgery import feasible_counts, inexpressible, mask, prove, slice
+from secateur.surgery import expressible, mask, prove, slice
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.slicing import LogitCheck
 
@@ -73,7 +75,7 @@ def test_head_counts_that_llama_refuses_become_mistral():
     small = slice(model, plan, groups)
     assert small.config.num_attention_heads == 10 and small.config.model_type == "mistral"
     assert small.config.sliding_window is None
-    assert feasible_counts(model, groups)("model.layers.*.self_attn/kv_group", 5)
+    assert expressible(model, groups, ["kv_group"]).feasible("model.layers.*.self_attn/kv_group", 5)
 
 
 def test_llama_stays_llama_where_it_can():
@@ -115,13 +117,46 @@ def test_gemma_hidden_is_refused_because_a_constant_depends_on_it():
         slice(model, random_plan(groups, ["hidden"]), groups)
 
 
-def test_classes_without_a_field_say_so():
+def test_classes_that_tie_families_say_so():
     model = make("gpt2")
     groups = discover(model)
-    reasons = inexpressible(model, groups, ["attention_head", "ffn_channel"])
-    assert list(reasons) == ["transformer.h.*.attn/attention_head"] and "GPT2Config" in next(iter(reasons.values()))
-    with pytest.raises(PlanError, match="GPT2Config"):
+    heads = "transformer.h.*.attn/attention_head"
+    alone = expressible(model, groups, ["attention_head", "ffn_channel"])
+    assert list(alone.refused) == [heads] and "only together with hidden" in alone.refused[heads]
+    with pytest.raises(PlanError, match="only together with hidden"):
         slice(model, random_plan(groups, ["attention_head"]), groups)
+    together = expressible(model, groups, ["attention_head", "hidden"])
+    assert not together.refused and [set(t) for t in together.ties] == [{heads, "hidden"}]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "falcon-mqa"])
+def test_tied_families_are_cut_by_the_same_share_and_reload(family, tmp_path):
+    model = make(family)
+    groups = discover(model)
+    kinds = ["ffn_channel", "query_head" if family == "falcon-mqa" else "attention_head", "hidden"]
+    can = expressible(model, groups, kinds)
+    assert can.ties
+    scores = score(model, groups.of_kinds(kinds), [], Magnitude())
+    plan = allocate(groups, scores, Budget(param_sparsity=0.4), feasible=can.feasible, ties=can.ties)
+    small = slice(model, plan, groups)
+    one_step = 8 * sum(np.prod(s) // 48 for s in groups.shapes.values() if 48 in s) * 2  # a head and its dimensions
+    assert abs(small.num_parameters() - 0.6 * model.num_parameters()) < one_step
+    kept = {name: len(k) / plan.units[name] for name, k in plan.kept.items()}
+    assert len({share for name, share in kept.items() if "ffn" not in name}) == 1
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = probe_ids(model)
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in small.state_dict().items())
+    assert (plain_logits(again, ids) - plain_logits(small, ids)).abs().max() < 1e-6
+    wanted = Reference(model).logits(ids, plan.kept)
+    assert (plain_logits(small, ids) - wanted).abs().max() < 1e-5
+
+
+def test_a_class_that_hard_wires_a_width_is_refused():
+    model = make("bloom")
+    groups = discover(model)
+    reasons = expressible(model, groups, ["ffn_channel"]).refused
+    assert "BloomConfig has no field" in reasons["transformer.h.*.mlp/ffn_channel"]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon-mqa"])

@@ -119,6 +119,11 @@ def prune(
     sparsity: Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = None,
     method: Annotated[str | None, typer.Option(help="llm-pruner")] = None,
     mode: Annotated[str | None, typer.Option(help="block-wise, channel-wise or layer-wise")] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(help="Kinds to prune instead of the mode's; KIND=SHARE removes that share of its units: "
+                     "ffn_channel,kv_group=0.25"),
+    ] = None,
     criterion: Annotated[str | None, typer.Option(help="random, l1, l2, taylor-vector, -1, -2 or -mixed")] = None,
     reduction: Annotated[str | None, typer.Option(help="sum, mean, max, prod or first")] = None,
     ranking: Annotated[str | None, typer.Option(help="local or global")] = None,
@@ -152,7 +157,8 @@ def prune(
     from secateur import pipeline
     from secateur.errors import BudgetError
 
-    if sparsity is None and plan is None:
+    names, ratios = _kinds(kinds)
+    if sparsity is None and plan is None and set(names) != set(ratios):
         raise BudgetError("say how much to remove (--sparsity 0.2) or replay a plan (--plan plan.json)")
     recipe = _recipe(
         model,
@@ -162,6 +168,8 @@ def prune(
             "prune": {
                 "param_sparsity": sparsity,
                 "mode": mode,
+                "kinds": names or None,
+                "kind_ratios": ratios or None,
                 "criterion": criterion,
                 "reduction": reduction,
                 "ranking": ranking,
@@ -195,6 +203,22 @@ def prune(
     )
     print_results(results)
     out.print(f"written to {output}")
+
+
+def _kinds(text: str | None) -> tuple[list[str], dict[str, float]]:
+    """`a,b=0.25` -> ([a, b], {b: 0.25})."""
+    from secateur.errors import BudgetError
+
+    names, ratios = [], {}
+    for part in filter(None, (text or "").split(",")):
+        name, equals, share = part.partition("=")
+        names.append(name)
+        if equals:
+            try:
+                ratios[name] = float(share)
+            except ValueError as error:
+                raise BudgetError(f"--kinds {part}: {share!r} is no number; write {name}=0.25") from error
+    return names, ratios
 
 
 @app.command()

@@ -49,6 +49,8 @@ class PruneSettings(Section):
     param_sparsity: float | None = Field(None, ge=0, lt=1)
     unit_sparsity: float | None = Field(None, ge=0, lt=1)
     mode: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
+    kinds: tuple[str, ...] = ()
+    kind_ratios: dict[str, float] = {}
     criterion: Literal["random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed"] = "taylor-1"
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     ranking: Literal["local", "global"] = "local"

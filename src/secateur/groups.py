@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -45,6 +46,7 @@ class Group:
         members: the axes; empty for `layer`.
         blocks: for kind `layer` only, the module path of each unit.
         refusals: why the group must not be pruned; empty if it may.
+        at_least: units that must stay (a router that picks two experts needs two).
     """
 
     name: str
@@ -53,6 +55,7 @@ class Group:
     members: tuple[Member, ...] = ()
     blocks: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
+    at_least: int = 1
 
     @property
     def prunable(self) -> bool:
@@ -104,10 +107,22 @@ class Groups(Sequence[Group]):
         Raises:
             PlanError: there is none.
         """
+        if name not in self._by_name:
+            raise PlanError(f"the model has no group {name!r}; `secateur groups MODEL` lists those it has")
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Group]:
+        return {group.name: group for group in self.groups}
+
+    @cached_property
+    def on_axis(self) -> Mapping[tuple[str, int], tuple[Group, ...]]:
+        """(parameter, dim) -> the groups that lie on that axis."""
+        found: dict[tuple[str, int], tuple[Group, ...]] = {}
         for group in self.groups:
-            if group.name == name:
-                return group
-        raise PlanError(f"the model has no group {name!r}; `secateur groups MODEL` lists those it has")
+            for axis in dict.fromkeys((m.parameter, m.dim) for m in group.members):
+                found[axis] = (*found.get(axis, ()), group)
+        return found
 
     @property
     def prunable(self) -> tuple[Group, ...]:

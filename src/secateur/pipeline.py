@@ -70,7 +70,8 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     Raises:
         SecateurError: for anything wrong with the input; nothing is written then.
     """
-    if plan is None and recipe.prune.param_sparsity is None and recipe.prune.unit_sparsity is None:
+    wanted = recipe.prune
+    if plan is None and wanted.param_sparsity is None and wanted.unit_sparsity is None and not wanted.kind_ratios:
         raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
@@ -117,15 +118,17 @@ def _cut(
 
 def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     """The method's settings that a recipe describes."""
+    unlimited = prune.param_sparsity is None and prune.unit_sparsity is None
     criterion: Criterion = CRITERIA[prune.criterion]
     if isinstance(criterion, Random):
         criterion = replace(criterion, seed=seed)
     if isinstance(criterion, Taylor):
         criterion = replace(criterion, gradient_checkpointing=prune.gradient_checkpointing)
     return llm_pruner.LLMPruner(
-        budget=Budget(param_sparsity=prune.param_sparsity, unit_sparsity=prune.unit_sparsity),
+        budget=None if unlimited else Budget(prune.param_sparsity, prune.unit_sparsity),
         criterion=criterion,
         mode=prune.mode,
+        kinds=prune.kinds or (tuple(prune.kind_ratios) if unlimited else ()),
         reduction=prune.reduction,
         ranking=prune.ranking,
         iterations=prune.iterations,
@@ -134,6 +137,7 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
         protect_first=prune.protect_first,
         protect_last=prune.protect_last,
         layer_ratios=prune.layer_ratios,
+        kind_ratios=prune.kind_ratios,
         layer_choice=prune.layer_choice,
     )
 

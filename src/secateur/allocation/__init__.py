@@ -53,7 +53,7 @@ class Budget:
 def allocate(
     groups: Groups,
     scores: Scores,
-    budget: Budget,
+    budget: Budget | None,
     *,
     kinds: Sequence[str] | None = None,
     ranking: RankingName = "local",
@@ -62,7 +62,9 @@ def allocate(
     protect_first: int = 0,
     protect_last: int = 0,
     layer_ratios: Mapping[int, float] | None = None,
+    kind_ratios: Mapping[str, float] | None = None,
     feasible: Feasible | None = None,
+    ties: Sequence[Sequence[str]] = (),
 ) -> PruningPlan:
     """Choose the units that stay.
 
@@ -82,8 +84,11 @@ def allocate(
         protect_first, protect_last: decoder layers at either end that are not cut (for kind `layer`: not removed).
         layer_ratios: layer number -> share of the units of its groups to remove, instead of what the ranking would
             give it; overrides protection.
+        kind_ratios: kind -> share of the units of its groups to remove; the other kinds meet the budget, which may be
+            None if there are none.
         feasible: for uniform output, (family, units kept in every layer) -> whether the model's class can express it;
             it is taken to express what it is.
+        ties: for uniform output, families that the model's class can only cut by the same share.
 
     Returns:
         The plan; its provenance records these arguments and the sparsity reached, under `allocation`.
@@ -96,7 +101,8 @@ def allocate(
     """
     if ranking not in ("local", "global"):
         raise BudgetError(f"ranking is {ranking!r}; expected 'local' or 'global'")
-    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, feasible)
+    kind_ratios = kind_ratios or {}
+    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios, feasible, ties)
     if kinds is None:
         kinds = [groups.named(name).kind for name in scores]
     kinds = list(dict.fromkeys(kinds))
@@ -111,7 +117,7 @@ def allocate(
     left = groups.remaining_parameters(kept)
     assert left == size.at(counts)
     provenance = {
-        "budget": budget.as_dict(),
+        "budget": budget.as_dict() if budget else None,
         "kinds": list(kinds),
         "ranking": ranking,
         "uniform": uniform,
@@ -119,6 +125,7 @@ def allocate(
         "protect_first": protect_first,
         "protect_last": protect_last,
         "layer_ratios": {str(layer): share for layer, share in (layer_ratios or {}).items()},
+        "kind_ratios": dict(kind_ratios),
         "parameters": groups.total_parameters,
         "parameters_left": left,
         "sparsity": 1 - left / groups.total_parameters,
@@ -137,13 +144,14 @@ def max_sparsity(
     protect_last: int = 0,
     layer_ratios: Mapping[int, float] | None = None,
     feasible: Feasible | None = None,
+    ties: Sequence[Sequence[str]] = (),
 ) -> float:
     """The largest `param_sparsity` that cutting these kinds can reach; arguments as for `allocate`.
 
     Where blocks differ in size and kind `layer` is cut, what is left depends on the scores; this assumes that the last
     blocks stay.
     """
-    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, feasible)
+    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, {}, feasible, ties)
     families = select_families(groups, None, list(dict.fromkeys(kinds)), limits)
     return 1 - parameters_left(groups, families).at(_fewest(families)) / groups.total_parameters
 
@@ -159,7 +167,7 @@ def _expressible_counts(
     while True:
         counts = choose(families)
         narrowed = [
-            family if count == family.units or limits.expressible(family.name, count) else family.without(count, limits)
+            family if count == family.units or family.expressible(count, limits) else family.without(count, limits)
             for family, count in zip(families, counts.tolist(), strict=True)
         ]
         if all(new is old for new, old in zip(narrowed, families, strict=True)):
@@ -168,14 +176,18 @@ def _expressible_counts(
 
 
 def _counts(
-    budget: Budget, ranking: RankingName, families: Sequence[Family], size: Size, parameters: int
+    budget: Budget | None, ranking: RankingName, families: Sequence[Family], size: Size, parameters: int
 ) -> IndexArray:
-    """Units that each family keeps.
+    """Steps that each family keeps.
 
     Raises:
         BudgetError: the budget is out of reach.
     """
     start = np.array([f.counts[0] for f in families], dtype=np.int64)
+    if budget is None:
+        if not all(f.fixed for f in families):
+            raise BudgetError("say how much to remove: a budget, or a share for every kind that is cut")
+        return start
     if budget.param_sparsity is not None:
         share, measure, whole = budget.param_sparsity, size, parameters
     else:
@@ -189,11 +201,12 @@ def _counts(
     # half a parameter of slack: the fraction itself is only exact to rounding
     if measure.at(start) < target - 0.5:
         raise BudgetError(
-            f"layer_ratios alone remove {1 - measure.at(start) / whole:.4f}, more than the budget's {share:g}"
+            f"the shares asked for of layers or kinds alone remove {1 - measure.at(start) / whole:.4f}, "
+            f"more than the budget's {share:g}"
         )
     fewest = measure.at(_fewest(families))
     if fewest > target + 0.5:
-        kinds = ", ".join(dict.fromkeys(f.kind for f in families))
+        kinds = ", ".join(dict.fromkeys(kind for f in families for kind in f.kinds))
         largest = math.floor((1 - fewest / whole) * 1e4) / 1e4
         raise BudgetError(
             f"a sparsity of {share:g} cannot be reached by cutting {kinds}: at least one unit of every group stays, "
@@ -210,10 +223,10 @@ def _without_removed_blocks(groups: Groups, kept: dict[str, tuple[int, ...]]) ->
 
 
 def _kept_units(families: Sequence[Family], counts: IndexArray) -> dict[str, tuple[int, ...]]:
-    """The units that stay in every group that loses some."""
+    """The units that stay in every group that loses some; `counts` are steps."""
     kept: dict[str, tuple[int, ...]] = {}
     for family, count in zip(families, counts.tolist(), strict=True):
-        for group, order in zip(family.groups, family.orders, strict=True):
-            if count < group.units:
-                kept[group.name] = tuple(np.sort(order[group.units - count :]).tolist())
+        for group, scale, order in zip(family.groups, family.scales, family.orders, strict=True):
+            if count * scale < group.units:
+                kept[group.name] = tuple(np.sort(order[group.units - count * scale :]).tolist())
     return kept

@@ -1,9 +1,10 @@
-"""What may be cut: groups, in families that lose the same number of units, and the counts they may keep."""
+"""What may be cut: groups, in families that lose the same share of their units, and the counts they may keep."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     Scores = Mapping[str, torch.Tensor]
 
 Feasible = Callable[[str, int], bool]
-ROUNDED_KINDS = ("ffn_channel", "hidden")  # the widths of matrices; a count of heads has nothing to gain from rounding
+ROUNDED_KINDS = (
+    "ffn_channel",
+    "expert_channel",
+    "hidden",
+)  # widths of matrices; head counts gain nothing from rounding
+# Grouped matrix products want rows of whole 16 bytes: 8 numbers in half precision (torch refuses others).
+ALIGNMENT = {"expert_channel": 8}
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class Limits:
     protect_first: int = 0
     protect_last: int = 0
     layer_ratios: Mapping[int, float] | None = None
+    kind_ratios: Mapping[str, float] = field(default_factory=dict)
     feasible: Feasible | None = None
+    ties: Sequence[Sequence[str]] = ()
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -40,6 +49,9 @@ class Limits:
         for layer, share in (self.layer_ratios or {}).items():
             if not 0 <= share < 1:
                 raise BudgetError(f"layer_ratios asks for a share of {share} in layer {layer}; expected [0, 1)")
+        for kind, share in self.kind_ratios.items():
+            if not 0 <= share < 1:
+                raise BudgetError(f"a share of {share} is to be removed of kind {kind}; expected [0, 1)")
 
     def expressible(self, family: str, count: int) -> bool:
         """Whether the model's class can be configured for so many units in every layer."""
@@ -48,19 +60,24 @@ class Limits:
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Groups that lose the same number of units: those of all layers for uniform output, else a single group.
+    """Groups that lose the same share of their units: those of all layers for uniform output, else a single group.
+
+    Units go in steps. A step takes one unit of each group, as a rule; where the model's class ties families (8 hidden
+    dimensions go with each head), it takes as many of each as keeps the shares equal. Counts are counts of steps.
 
     Attributes:
-        name: `Group.family` of the groups.
-        groups: the groups, all with the same number of units.
-        counts: how many units each group may keep, descending; the first is where allocation starts.
+        name: `Group.family` of the first group.
+        groups: the groups.
+        scales: units of each group in a step.
+        counts: how many steps each group may keep, descending; the first is where allocation starts.
         orders: for each group, its units in order of removal.
-        importance: [units]; entry k is what removing the k-th unit of every group's order costs.
-        fixed: the count was set by `layer_ratios`.
+        importance: [steps]; entry k is what removing the k-th step of every group's order costs.
+        fixed: the count was set by `layer_ratios` or `kind_ratios`.
     """
 
     name: str
     groups: tuple[Group, ...]
+    scales: tuple[int, ...]
     counts: IndexArray
     orders: tuple[IndexArray, ...]
     importance: NDArray[np.float64]
@@ -70,19 +87,24 @@ class Family:
         """The family without a count that the class cannot express, nor those around it up to the next it can."""
         at = int(np.flatnonzero(self.counts == count)[0])
         first, last = at, at + 1
-        while first > 1 and not limits.expressible(self.name, int(self.counts[first - 1])):
+        while first > 1 and not self.expressible(int(self.counts[first - 1]), limits):
             first -= 1
-        while not limits.expressible(self.name, int(self.counts[last])):
+        while not self.expressible(int(self.counts[last]), limits):
             last += 1
         return replace(self, counts=np.concatenate([self.counts[:first], self.counts[last:]]))
 
+    def expressible(self, count: int, limits: Limits) -> bool:
+        """Whether the model's class can be configured for this count."""
+        return limits.expressible(self.name, count * self.scales[0])
+
     @property
-    def kind(self) -> str:
-        return self.groups[0].kind
+    def kinds(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(g.kind for g in self.groups))
 
     @property
     def units(self) -> int:
-        return self.groups[0].units
+        """Steps before the cut."""
+        return self.groups[0].units // self.scales[0]
 
     def step_importance(self) -> NDArray[np.float64]:
         """Importance lost by each step from one count to the next, [counts - 1]."""
@@ -126,17 +148,18 @@ def select_families(groups: Groups, scores: Scores | None, kinds: Sequence[str],
             "have; use per-layer output (uniform=False, --per-layer)"
         )
     _check_ratios(groups, limits)
-    found = []
-    for members in _sets_of_groups(groups, kinds, limits):
-        group = members[0]
-        kept_blocks = _protected_blocks(group, limits)
-        counts = _allowed_counts(group, max(1, len(kept_blocks)), limits)
-        values = [_checked_scores(g, scores) for g in members]
-        orders = [_removal_order(v, kept_blocks) for v in values]
-        importance = np.sum([v[order] for v, order in zip(values, orders, strict=True)], axis=0)
-        family = Family(group.family, tuple(members), counts, tuple(orders), importance)
-        found.append(_with_ratio(family, limits))
-    return found
+    return [_family(members, scores, limits) for members in _sets_of_groups(groups, kinds, limits)]
+
+
+def _family(members: list[Group], scores: Scores | None, limits: Limits) -> Family:
+    steps = math.gcd(*(g.units for g in members))
+    scales = tuple(g.units // steps for g in members)
+    values = [_checked_scores(g, scores) for g in members]
+    orders = [_removal_order(v, _protected_blocks(g, limits)) for v, g in zip(values, members, strict=True)]
+    importance = np.sum([v[o].reshape(steps, -1).sum(1) for v, o in zip(values, orders, strict=True)], axis=0)
+    counts = np.arange(steps, 0, -1, dtype=np.int64)
+    family = Family(members[0].family, tuple(members), scales, counts, tuple(orders), importance)
+    return _with_ratio(replace(family, counts=_allowed_counts(family, limits)), limits)
 
 
 def _sets_of_groups(groups: Groups, kinds: Sequence[str], limits: Limits) -> list[list[Group]]:
@@ -161,7 +184,16 @@ def _sets_of_groups(groups: Groups, kinds: Sequence[str], limits: Limits) -> lis
         if len({g.units for g in members}) > 1:
             sizes = ", ".join(f"{g.name} has {g.units} units" for g in members[:3])
             raise BudgetError(f"layers differ already ({sizes}); use per-layer output (uniform=False, --per-layer)")
-    return found
+    return _united(found, limits.ties) if limits.uniform else found
+
+
+def _united(found: list[list[Group]], ties: Sequence[Sequence[str]]) -> list[list[Group]]:
+    """The sets with those of tied families made one, in the place of the first."""
+    tie_of = {family: tuple(tie) for tie in ties for family in tie}
+    united: dict[tuple[str, ...], list[Group]] = {}
+    for members in found:
+        united.setdefault(tie_of.get(members[0].family, (members[0].family,)), []).extend(members)
+    return list(united.values())
 
 
 def _protected(group: Group, last_layer: int, limits: Limits) -> bool:
@@ -179,14 +211,17 @@ def _protected_blocks(group: Group, limits: Limits) -> IndexArray:
     return units[(units < limits.protect_first) | (units >= group.units - limits.protect_last)]
 
 
-def _allowed_counts(group: Group, smallest: int, limits: Limits) -> IndexArray:
-    """Counts from all units down to the smallest that is possible. The class is asked about that one only: there may be
+def _allowed_counts(family: Family, limits: Limits) -> IndexArray:
+    """Counts from all steps down to the fewest that are possible. The class is asked about that one only: there may be
     tens of thousands, and each answer takes it milliseconds."""
-    step = limits.round_to if group.kind in ROUNDED_KINDS else 1
-    fewer = [c for c in range(group.units - 1, smallest - 1, -1) if c % step == 0]
-    while fewer and not limits.expressible(group.family, fewer[-1]):
+    allowed = family.counts >= max(1, max(len(_protected_blocks(g, limits)) for g in family.groups))
+    for group, scale in zip(family.groups, family.scales, strict=True):
+        step = math.lcm(limits.round_to if group.kind in ROUNDED_KINDS else 1, ALIGNMENT.get(group.kind, 1))
+        allowed &= (family.counts * scale % step == 0) & (family.counts * scale >= group.at_least)
+    fewer = family.counts[1:][allowed[1:]].tolist()
+    while fewer and not family.expressible(fewer[-1], limits):
         fewer.pop()
-    return np.array([group.units, *fewer], dtype=np.int64)
+    return np.array([family.units, *fewer], dtype=np.int64)
 
 
 def _checked_scores(group: Group, scores: Scores | None) -> NDArray[np.float64]:
@@ -217,10 +252,15 @@ def _removal_order(values: NDArray[np.float64], last: IndexArray) -> IndexArray:
 def _with_ratio(family: Family, limits: Limits) -> Family:
     layer = family.groups[0].layer
     share = None if layer is None else (limits.layer_ratios or {}).get(layer)
-    if share is None:
+    asked = {limits.kind_ratios[kind] for kind in family.kinds if kind in limits.kind_ratios}
+    if len(asked) > 1:
+        raise BudgetError(
+            f"{' and '.join(family.kinds)} can only be cut by the same share in this model; ask for one share for them"
+        )
+    if share is None and not asked:
         return family
-    counts = np.array([family.count_for_share(share)], dtype=np.int64)
-    return Family(family.name, family.groups, counts, family.orders, family.importance, fixed=True)
+    count = family.count_for_share(asked.pop() if share is None else share)
+    return replace(family, counts=np.array([count], dtype=np.int64), fixed=True)
 
 
 def _check_ratios(groups: Groups, limits: Limits) -> None:

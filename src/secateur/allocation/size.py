@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -65,7 +66,11 @@ def parameters_left(groups: Groups, families: Sequence[Family]) -> Size:
     Raises:
         PlanError: two groups overlap on an axis in such a way that their counts do not determine its size.
     """
-    variable = {g.name: f for f, family in enumerate(families) for g in family.groups}
+    variable = {
+        g.name: (f, scale)
+        for f, family in enumerate(families)
+        for g, scale in zip(family.groups, family.scales, strict=True)
+    }
     axes: dict[tuple[str, int], dict[str, list[IndexArray]]] = defaultdict(lambda: defaultdict(list))
     for family in families:
         for group in family.groups:
@@ -88,7 +93,7 @@ def parameters_left(groups: Groups, families: Sequence[Family]) -> Size:
 
 def units_left(families: Sequence[Family]) -> Size:
     """The number of units left in all groups whose count is not fixed."""
-    total: dict[Monomial, int] = {(f,): len(family.groups) for f, family in enumerate(families) if not family.fixed}
+    total: dict[Monomial, int] = {(f,): sum(family.scales) for f, family in enumerate(families) if not family.fixed}
     return _compiled(total, len(families), [], [])
 
 
@@ -105,8 +110,10 @@ def _blocks(families: Sequence[Family]) -> tuple[list[int], list[int], dict[str,
     return block_family, block_needs, variable
 
 
-def _axis_size(where: str, size: int, parts: Mapping[str, list[IndexArray]], variable: Mapping[str, int]) -> Polynomial:
-    """Positions left on one axis.
+def _axis_size(
+    where: str, size: int, parts: Mapping[str, list[IndexArray]], variable: Mapping[str, tuple[int, int]]
+) -> Polynomial:
+    """Positions left on one axis; `variable` tells each group's variable and the units that one of it stands for.
 
     Positions that the same groups lay claim to form a block in which every combination of their units has the same
     number of positions (a query head within its KV group), so the block shrinks by the product of the shares kept.
@@ -130,7 +137,8 @@ def _axis_size(where: str, size: int, parts: Mapping[str, list[IndexArray]], var
                 f"{' and '.join(owners)} overlap irregularly on {where}: the number of units does not determine its "
                 "size; cut one of the kinds at a time"
             )
-        left[tuple(sorted(variable[owners[r]] for r in rows))] += each
+        scale = math.prod(variable[owners[r]][1] for r in rows)
+        left[tuple(sorted(variable[owners[r]][0] for r in rows))] += each * scale
     return left
 
 

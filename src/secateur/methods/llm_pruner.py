@@ -35,7 +35,7 @@ from secateur.groups import Groups
 from secateur.importance import score
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
-from secateur.surgery import feasible_counts, inexpressible, mask, slice
+from secateur.surgery import Expressible, expressible, mask, slice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +51,8 @@ class LLMPruner:
     Attributes:
         budget: what must be removed.
         mode: which structures: FFN channels and heads, the hidden dimension, or whole layers.
+        kinds: the kinds to prune instead of the mode's.
+        kind_ratios: kind -> share of its units to remove; the other kinds meet the budget.
         criterion: an object or function that `score` accepts.
         reduction: how members' scores become the group's.
         ranking: `local` removes the same share everywhere, `global` the least important per parameter.
@@ -59,9 +61,10 @@ class LLMPruner:
         layer_choice: for layer-wise mode, `importance`, or the reference's `first` (keep the first ones).
     """
 
-    budget: Budget
+    budget: Budget | None
     criterion: Any
     mode: Mode = "block-wise"
+    kinds: tuple[str, ...] = ()
     reduction: str = "sum"
     ranking: Literal["local", "global"] = "local"
     iterations: int = 1
@@ -70,6 +73,7 @@ class LLMPruner:
     protect_first: int = 0
     protect_last: int = 0
     layer_ratios: Mapping[int, float] | None = None
+    kind_ratios: Mapping[str, float] = field(default_factory=dict)
     layer_choice: Literal["importance", "first"] = "importance"
 
 
@@ -108,8 +112,9 @@ def run(
     """
     on_step("discover")
     groups = discover(model)
-    candidates, left_whole = select(model, groups, settings)
-    feasible = feasible_counts(model, groups) if settings.uniform else None
+    kinds = settings.kinds or kinds_of(settings.mode, groups)
+    can = expressible(model, groups, kinds) if settings.uniform else Expressible(lambda family, count: True)
+    candidates, left_whole = select(groups, kinds, can)
 
     plan = PruningPlan({}, {})
     scores: dict[str, torch.Tensor] = {}
@@ -127,29 +132,26 @@ def run(
             protect_first=settings.protect_first,
             protect_last=settings.protect_last,
             layer_ratios=settings.layer_ratios,
-            feasible=feasible,
+            kind_ratios=_ratios(settings.kind_ratios, step, settings.iterations),
+            feasible=can.feasible,
+            ties=can.ties,
         )
     on_step("cut")
     small = slice(model, plan, groups, reloadable=settings.uniform)
     return PruneResult(small, plan, groups, scores, left_whole)
 
 
-def select(model: PreTrainedModel, groups: Groups, settings: LLMPruner) -> tuple[Groups, dict[str, str]]:
-    """The groups that the mode prunes, and family -> reason for those of its kinds that must stay whole.
+def select(groups: Groups, kinds: Sequence[str], can: Expressible) -> tuple[Groups, dict[str, str]]:
+    """The groups of these kinds that are pruned, and family -> reason for those that must stay whole.
 
     Raises:
         PlanError: none can be pruned.
     """
-    kinds = kinds_of(settings.mode, groups)
-    left_whole = {g.family: g.refusals[0] for g in groups if g.kind in kinds and not g.prunable}
-    if settings.uniform:
-        left_whole |= inexpressible(model, groups, kinds)
+    left_whole = {g.family: g.refusals[0] for g in groups if g.kind in kinds and not g.prunable} | dict(can.refused)
     chosen = tuple(g for g in groups.of_kinds(kinds) if g.family not in left_whole)
     if not chosen:
-        reasons = (
-            "; ".join(dict.fromkeys(left_whole.values())) or f"the model has no groups of kinds {', '.join(kinds)}"
-        )
-        raise PlanError(f"nothing can be pruned {settings.mode}: {reasons}")
+        reasons = "; ".join(dict.fromkeys(left_whole.values())) or "the model has no such groups"
+        raise PlanError(f"no {' or '.join(kinds)} can be pruned: {reasons}")
     return replace(groups, groups=chosen), left_whole
 
 
@@ -159,8 +161,9 @@ def kinds_of(mode: Mode, groups: Groups) -> tuple[str, ...]:
         return ("hidden",)
     if mode == "layer-wise":
         return ("layer",)
-    heads = ("attention_head", "kv_group")
-    return ("ffn_channel", *(heads if any(g.kind in heads for g in groups) else ("query_head",)))
+    has = {g.kind for g in groups}
+    heads = {"attention_head", "kv_group"} & has or {"query_head"}
+    return tuple(sorted({"ffn_channel", "expert_channel"} & has | heads))
 
 
 def importance(
@@ -181,9 +184,16 @@ def importance(
     return scores
 
 
-def _share(budget: Budget, step: int, steps: int) -> Budget:
+def _share(budget: Budget | None, step: int, steps: int) -> Budget | None:
     """The part of the budget to be met after `step` of `steps`."""
+    if budget is None:
+        return None
     if budget.param_sparsity is not None:
         return replace(budget, param_sparsity=linear(step, steps, budget.param_sparsity))
     assert budget.unit_sparsity is not None
     return replace(budget, unit_sparsity=linear(step, steps, budget.unit_sparsity))
+
+
+def _ratios(ratios: Mapping[str, float], step: int, steps: int) -> dict[str, float]:
+    """The part of each kind's share to be removed after `step` of `steps`."""
+    return {kind: linear(step, steps, share) for kind, share in ratios.items()}

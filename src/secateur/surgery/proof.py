@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.random import Generator
 
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.errors import PlanError
 from secateur.groups import Group
 from secateur.surgery.attributes import cut_modules
+from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.slicing import LogitCheck, checked_solver, is_large, rebuild, twin
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Proof:
         max_difference: largest absolute difference of logits in float64, None if no sliced model could be built.
         route: `config` (a stock class loads the result), `modules` (runs in memory only), or `none`.
         fields: configuration fields or module attributes that follow the cut.
+        tied: families cut by the same share in the test, because the class knows no other way.
         reason: why the route is not `config`, or empty.
     """
 
@@ -47,6 +50,7 @@ class Proof:
     max_difference: float | None
     route: str
     fields: tuple[str, ...] = ()
+    tied: tuple[str, ...] = ()
     reason: str = ""
 
     @property
@@ -58,39 +62,43 @@ def prove(model: PreTrainedModel, kinds: Sequence[str] = OFFERED_KINDS, seed: in
     """Slice a quarter of the units of every family, others in each layer, and compare logits with the original.
 
     Works in float64 on a copy of the model with noise on every weight (so that no bias is zero). Large
-    models and those on the meta device are represented by a randomly initialised twin with two layers.
+    models and those on the meta device are represented by a randomly initialised twin with few layers.
     """
     subject = _subject(model, seed)
     reference = Reference(subject)
+    solver = checked_solver(subject, reference.groups, reference)
     generator = np.random.default_rng(seed)
-    proofs = []
-    for family in dict.fromkeys(g.family for g in reference.groups.of_kinds(kinds)):
-        members = [g for g in reference.groups.prunable if g.family == family]
-        proofs.append(_prove_family(subject, reference, members, generator))
-    return proofs
+    return [
+        _prove_family(subject, reference, solver, members, generator)
+        for members in reference.groups.families(kinds).values()
+    ]
 
 
 def _prove_family(
-    model: PreTrainedModel, reference: Reference, members: list[Group], generator: np.random.Generator
+    model: PreTrainedModel, reference: Reference, solver: ConfigSolver, members: list[Group], generator: Generator
 ) -> Proof:
     group = members[0]
-    solver = checked_solver(model, reference.groups, reference)
+    rule = solver.rule(group.family) or solver.tied_rule(group.family)
+    tied = tuple(f for f in rule.families if f != group.family) if rule else ()
     wanted = min(max(1, round(group.units * 0.75)), group.units - 1)
-    rule = solver.rule(group.family)
     by_distance = sorted(range(1, group.units), key=lambda c: abs(c - wanted))[:32]
     count = next((c for c in by_distance if rule and solver.feasible(group.family, c)), wanted)
-    kept = {g.name: tuple(sorted(generator.choice(g.units, count, replace=False).tolist())) for g in members}
+    kept = {
+        g.name: tuple(sorted(generator.choice(g.units, count * g.units // group.units, replace=False).tolist()))
+        for g in reference.groups
+        if g.family == group.family or g.family in tied
+    }
     check = LogitCheck(model, kept, reference)
     facts = (group.kind, group.family, len(members), group.units, count)
     try:
         rebuild(model, solver, kept, check)
-        return Proof(*facts, check.difference, "config", (*rule.fields, *rule.pins) if rule else ())
+        return Proof(*facts, check.difference, "config", (*rule.fields, *rule.pins) if rule else (), tied)
     except PlanError as error:
         reason = str(error)
     cut = cut_modules(model, reference.groups, kept, check.same)
     if cut is None:
-        return Proof(*facts, None, "none", (), reason)
-    return Proof(*facts, check.difference, "modules", cut[1], reason)
+        return Proof(*facts, None, "none", reason=reason)
+    return Proof(*facts, check.difference, "modules", cut[1], tied, reason)
 
 
 def _subject(model: PreTrainedModel, seed: int) -> PreTrainedModel:

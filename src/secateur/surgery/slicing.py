@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,8 @@ from secateur.errors import PlanError
 from secateur.groups import Groups, Kept
 from secateur.plan import PruningPlan
 from secateur.surgery.attributes import cut_modules
-from secateur.surgery.config_solver import ConfigSolver, FieldRule, build_on_meta, expected_shapes, shapes_of
+from secateur.surgery.config_solver import ConfigSolver, build_on_meta, expected_shapes, shapes_of
+from secateur.surgery.field_rule import FieldRule
 from secateur.surgery.state import cut_tensors
 
 if TYPE_CHECKING:
@@ -85,12 +87,15 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
         subject, reference = twin(model, groups), None
     oracle = reference or Reference(subject)
 
-    def accept(family: str, rule: FieldRule, count: int) -> bool:
-        members = [g for g in oracle.groups if g.family == family]
-        kept = {g.name: range(min(count, g.units - 1)) for g in members}
-        solver = ConfigSolver(subject, oracle.groups, rules={family: rule})
+    def accept(rule: FieldRule, share: Fraction) -> bool:
+        members = [g for g in oracle.groups if g.family in rule.families]
+        if any((share * g.units).denominator != 1 for g in members):  # a twin has fewer layers
+            share = Fraction(1, 2)
+        kept = {g.name: range(g.units - int(share * g.units), g.units) for g in members}
         try:
-            rebuild(subject, solver, kept, LogitCheck(subject, kept, oracle))
+            rebuild(
+                subject, ConfigSolver(subject, oracle.groups, rules=[rule]), kept, LogitCheck(subject, kept, oracle)
+            )
         except PlanError:
             return False
         return True
@@ -104,15 +109,18 @@ def is_large(model: PreTrainedModel) -> bool:
 
 
 def twin(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
-    """A model of the same class and widths with two layers and random float32 weights.
+    """A model of the same class and widths with random float32 weights and few layers: at least two, and as many of the
+    first ones as it takes to have every family.
 
     Raises:
         PlanError: the class has no field for the number of layers.
     """
     solver = ConfigSolver(model, groups)
+    first = {g.family: g.layer for g in reversed(groups.groups) if g.layer is not None}
     for group in groups:
         if group.kind == "layer" and solver.rule(group.family) is not None:
-            config = solver.edited(model.config, {group.name: range(min(2, group.units))})
+            depth = min(max(2, *(layer + 1 for layer in first.values())), group.units)
+            config = solver.edited(model.config, {group.name: range(depth)})
             with quiet_transformers():
                 return type(model)._from_config(config, dtype=torch.float32).eval()
     raise PlanError(f"{type(model).__name__} has no field for its number of layers, so no small twin can be tried")
@@ -140,8 +148,12 @@ def rebuild(model: PreTrainedModel, solver: ConfigSolver, kept: Kept, check: Log
             reason = reason or f"{type(config).__name__} refuses these sizes: {error}"
             continue
         small = load_tensors(model, model_class, edited, dict(cut_tensors(model, groups, kept)))
-        if check.same(small):
-            return small
+        try:
+            if check.same(small):
+                return small
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:  # sizes that only the forward pass refuses
+            reason = f"{model_class.__name__} cannot run with these sizes: {error}"
+            continue
         reason = (
             f"{model_class.__name__} builds the shapes but computes something else (logits differ by "
             f"{check.difference:.2g}): it derives a constant from a size that was cut"

@@ -1,0 +1,58 @@
+"""What a stock class can be configured for: known before units are chosen, so that every plan can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING
+
+from secateur.groups import Groups
+from secateur.surgery.slicing import checked_solver
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from secateur.surgery.config_solver import ConfigSolver
+
+
+@dataclass(frozen=True)
+class Expressible:
+    """The uniform cuts that the configuration of a model can follow.
+
+    Attributes:
+        feasible: (family, units kept in every group) -> whether there is a configuration for it; families tied to it
+            keep the same share.
+        ties: families that the class can only cut together, by the same share of their units.
+        refused: family -> why it must stay whole.
+    """
+
+    feasible: Callable[[str, int], bool]
+    ties: tuple[tuple[str, ...], ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+
+def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str]) -> Expressible:
+    """Which families of these kinds can be cut, with the same widths in every layer."""
+    solver = checked_solver(model, groups)
+    wanted = set(groups.families(kinds))
+    ties: list[tuple[str, ...]] = []
+    refused: dict[str, str] = {}
+    for family in groups.families(kinds):
+        if solver.rule(family) is not None or any(family in tie for tie in ties):
+            continue
+        rule = solver.tied_rule(family)
+        if rule is None or not wanted.issuperset(rule.families) or not _joined(ties, rule.families, solver):
+            refused[family] = solver.refusal(family)
+    return Expressible(cache(solver.feasible), tuple(ties), refused)
+
+
+def _joined(ties: list[tuple[str, ...]], families: tuple[str, ...], solver: ConfigSolver) -> bool:
+    """Add a tie; one that overlaps with others must hold for all of them at once."""
+    overlapping = [tie for tie in ties if set(tie) & set(families)]
+    united = tuple(dict.fromkeys([*families, *(f for tie in overlapping for f in tie)]))
+    if overlapping and solver.joint_rule(united) is None:
+        return False
+    ties[:] = [tie for tie in ties if tie not in overlapping]
+    ties.append(united)
+    return True
