@@ -158,7 +158,7 @@ def prune(
     from secateur.errors import BudgetError
 
     names, ratios = _kinds(kinds)
-    if sparsity is None and plan is None and set(names) != set(ratios):
+    if sparsity is None and plan is None and not (names and set(names) == set(ratios)):
         raise BudgetError("say how much to remove (--sparsity 0.2) or replay a plan (--plan plan.json)")
     recipe = _recipe(
         model,
