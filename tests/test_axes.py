@@ -64,7 +64,7 @@ def test_layouts_that_do_not_nest_freeze_both():
     factorise(a, [2, 3], "view")
     factorise(b, [3, 2], "view")
     unify(a, b, "aten.add")
-    assert all(any(h.cause == "layout" and "aten.add" in h.text for h in leaf.hazards) for leaf in leaves(a))
+    assert all(any(h.cause == "layout" and "aten.add" in h.text for h in leaf.hazards.values()) for leaf in leaves(a))
 
 
 def test_sizes_that_differ_freeze_both():
@@ -78,14 +78,14 @@ def test_hazards_reach_leaves_found_before_and_after():
     factorise(axis, [3, 4], "view")
     freeze(axis, Hazard("constant", "because"))
     more = [leaf for part in axis.parts for leaf in factorise(part, [part.size, 1][:1], "view")]
-    assert all(Hazard("constant", "because") in leaf.hazards for leaf in [*leaves(axis), *more])
+    assert all(Hazard("constant", "because") in leaf.hazards.values() for leaf in [*leaves(axis), *more])
 
 
 def test_hazards_of_a_flattened_batch_reach_the_heads():
     """A constant over batch x heads forbids removing heads, although no parameter has that product."""
     heads, batch = Axis(3), Axis(2)
     unify(product([batch, heads]), Axis(6, [Hazard("constant", "alibi")]), "baddbmm")
-    assert Hazard("constant", "alibi") in heads.find().hazards
+    assert Hazard("constant", "alibi") in heads.find().hazards.values()
 
 
 def test_a_factor_that_occurs_twice_is_not_separable():

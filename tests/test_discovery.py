@@ -111,10 +111,10 @@ def test_refusals_say_why():
 
 
 def test_an_operation_without_a_rule_freezes_what_it_touches(monkeypatch):
-    from secateur.discovery import trace
+    from secateur.discovery import recorder
 
-    without = {op: r for op, r in trace.RULES.items() if op is not torch.ops.aten._softmax}
-    monkeypatch.setattr(trace, "RULES", without)
+    without = {op: r for op, r in recorder.RULES.items() if op is not torch.ops.aten._softmax}
+    monkeypatch.setattr(recorder, "RULES", without)
     groups = discover(make("llama"))
     refused = [g for g in groups if any("_softmax" in reason for reason in g.refusals)]
     assert refused and not any(g.kind in ("kv_group", "query_head") and g.prunable for g in groups)
@@ -151,7 +151,7 @@ def test_large_shapes_need_no_weights():
 def test_every_operation_of_the_families_has_a_rule():
     for family in FAMILIES:
         trace = run_trace(make(family))
-        causes = {h.cause for axes in trace.parameters.values() for axis in axes for h in axis.find().hazards}
+        causes = {h.cause for axes in trace.parameters.values() for axis in axes for h in axis.find().hazards.values()}
         assert not causes & {"unknown", "layout"}, family
 
 

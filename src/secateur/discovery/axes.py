@@ -9,9 +9,9 @@ literal position, which is exactly a set of removable units.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,8 @@ class Axis:
     Attributes:
         size: number of positions.
         parts: what it is made of, if known: concatenated (`is_sum`) or row-major factors.
-        hazards: reasons against removal; handed down to the parts, so that every leaf knows its own.
+        hazards: reasons against removal, the first of each cause (one per cause keeps the axes that every layer shares
+            cheap); handed down to the parts, so that every leaf knows its own.
         traits: what was seen to happen to the axis, for naming (`broadcast`); handed down likewise.
     """
 
@@ -48,7 +49,7 @@ class Axis:
         self.size = size
         self.parts: tuple[Axis, ...] = ()
         self.is_sum = False
-        self.hazards: set[Hazard] = set(hazards)
+        self.hazards: dict[str, Hazard] = {h.cause: h for h in hazards}
         self.traits: set[str] = set()
         self._link: Axis | None = None
 
@@ -65,22 +66,23 @@ class Axis:
         """Give an undefined axis its structure."""
         self.parts, self.is_sum = tuple(parts), is_sum
         for part in self.parts:
-            part.mark(self.hazards, self.traits)
+            part.mark(self.hazards.values(), self.traits)
 
     def link(self, other: Axis) -> None:
         """Make an undefined axis an alias of `other`."""
-        other.mark(self.hazards, self.traits)
+        other.mark(self.hazards.values(), self.traits)
         self._link = other
 
-    def mark(self, hazards: Set[Hazard], traits: Set[str] = frozenset()) -> None:
+    def mark(self, hazards: Iterable[Hazard] = (), traits: Set[str] = frozenset()) -> None:
         """Add hazards and traits to this axis and everything it is made of."""
         axis = self.find()
-        if hazards <= axis.hazards and traits <= axis.traits:
+        new = [h for h in hazards if h.cause not in axis.hazards]
+        if not new and traits <= axis.traits:
             return
-        axis.hazards |= hazards
+        axis.hazards.update((h.cause, h) for h in new)
         axis.traits |= traits
         for part in axis.parts:
-            part.mark(hazards, traits)
+            part.mark(new, traits)
 
 
 def product(factors: Sequence[Axis]) -> Axis:
@@ -110,7 +112,7 @@ def concatenation(parts: Sequence[Axis]) -> Axis:
 
 def freeze(axis: Axis, hazard: Hazard) -> None:
     """Forbid the removal of anything below `axis`."""
-    axis.mark({hazard})
+    axis.mark([hazard])
 
 
 def conflict(axes: Sequence[Axis], what: str) -> None:
@@ -145,8 +147,8 @@ def unify(a: Axis, b: Axis, where: str) -> None:
 
 
 def _align_sums(a: Axis, b: Axis, where: str) -> None:
-    cuts = sorted({*np.cumsum([p.size for p in a.parts]), *np.cumsum([p.size for p in b.parts])})
-    sizes = [int(s) for s in np.diff([0, *cuts])]
+    cuts = sorted({*accumulate(p.size for p in a.parts), *accumulate(p.size for p in b.parts)})
+    sizes = [stop - start for start, stop in pairwise([0, *cuts])]
     for x, y in zip(partition(a, sizes, where), partition(b, sizes, where), strict=True):
         unify(x, y, where)
 
@@ -175,9 +177,15 @@ def partition(axis: Axis, sizes: Sequence[int], where: str) -> list[Axis]:
     inner = math.prod(f.size for f in axis.parts[1:])
     if any(s % inner for s in sizes):
         conflict((axis,), f"{where} cuts through a block of {inner} positions")
-        return [Axis(s, sorted(axis.hazards, key=str)) for s in sizes]
+        return _frozen_like(axis, sizes)
     outer = partition(axis.parts[0], [s // inner for s in sizes], where)
     return [product([piece, *axis.parts[1:]]) for piece in outer]
+
+
+def _frozen_like(axis: Axis, sizes: Sequence[int]) -> list[Axis]:
+    """Axes for the results of an operation that `axis` could not follow: what they meet later is frozen too."""
+    hazards = [*axis.find().hazards.values()]
+    return [Axis(s, hazards) for s in sizes]
 
 
 def _partition_sum(axis: Axis, sizes: list[int], where: str) -> list[Axis]:
@@ -221,7 +229,7 @@ def factorise(axis: Axis, sizes: Sequence[int], where: str) -> list[Axis]:
             outer = 1
         else:
             conflict((axis,), f"{where} splits {axis.size} positions into {outer} x {inner} across its blocks")
-            return [Axis(s) for s in sizes]
+            return _frozen_like(axis, sizes)
         head.append(factor)
     return [product(head), *factorise(product(rest), sizes[1:], where)]
 
@@ -231,7 +239,7 @@ def _factorise_sum(axis: Axis, sizes: list[int], where: str) -> list[Axis]:
     inner = math.prod(sizes[1:])
     if any(p.size % inner for p in axis.parts):
         conflict((axis,), f"{where} splits a concatenation into blocks of {inner} positions")
-        return [Axis(s) for s in sizes]
+        return _frozen_like(axis, sizes)
     pairs = [factorise(p, [p.size // inner, inner], where) if p.size != inner else [Axis(1), p] for p in axis.parts]
     for _, block in pairs[1:]:
         unify(pairs[0][1], block, where)

@@ -2,42 +2,31 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from secateur.discovery.axes import Axis, NotSeparableError, leaves, positions
-from secateur.discovery.trace import Trace
-from secateur.groups import Group, Groups, Member
+from secateur.discovery.axes import Axis, NotSeparableError, positions
+from secateur.discovery.kinds import Structure, common_module
+from secateur.discovery.recorder import Trace
+from secateur.groups import Group, Groups, IndexArray, Member
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HEAD_KINDS = ("attention_head", "kv_group", "query_head")
-
 
 def build_groups(model: PreTrainedModel, trace: Trace) -> tuple[Groups, dict[str, Axis]]:
     """The groups of a traced model, and the leaf axis of each by name."""
-    stored = {name: axes for name, axes in trace.parameters.items() if _is_stored(model, name)}
-    heads = _head_leaves(trace)
-    found: dict[str, Group] = {}
-    leaf_of: dict[str, Axis] = {}
-    for leaf, places in _leaves_of(stored).items():
-        if leaf.size == 1:
-            continue
-        group = _group_of(leaf, places, stored, trace, heads)
-        name, copies = group.name, 2
-        while name in found:
-            name, copies = f"{group.name}.{copies}", copies + 1
-        found[name] = replace(group, name=name)
-        leaf_of[name] = leaf
-    groups = [*found.values(), *_layer_groups(trace)]
-    shapes = {name: tuple(a.size for a in axes) for name, axes in stored.items()}
+    structure = Structure(trace, {name: axes for name, axes in trace.parameters.items() if _is_stored(model, name)})
+    names = _names(structure)
+    groups = [_group_of(structure, leaf, kind, name) for leaf, (kind, name) in names.items()]
+    groups += _layer_groups(trace)
+    shapes = {name: tuple(a.size for a in axes) for name, axes in structure.stored.items()}
     groups = [_refuse_unread(g, trace, shapes) for g in groups]
     groups.sort(key=lambda g: (g.layer is None, g.layer or 0))
     buffers = frozenset(n for n, _ in model.named_buffers() if n in shapes)
+    leaf_of = {name: leaf for leaf, (_, name) in names.items()}
     return Groups(tuple(groups), shapes, buffers, _tied(model, shapes)), leaf_of
 
 
@@ -53,98 +42,50 @@ def _tied(model: PreTrainedModel, shapes: Iterable[str]) -> dict[str, str]:
     return {n: listed[id(t)] for n, t in everything.items() if n != listed.get(id(t), n)}
 
 
-def _leaves_of(stored: dict[str, list[Axis]]) -> dict[Axis, list[tuple[str, int]]]:
-    """Leaf -> the (parameter, dimension) pairs it lies on, in the model's order."""
-    places: dict[Axis, list[tuple[str, int]]] = {}
-    for name, axes in stored.items():
-        for dim, axis in enumerate(axes):
-            for leaf in dict.fromkeys(leaves(axis)):
-                places.setdefault(leaf, []).append((name, dim))
-    return places
+def _names(structure: Structure) -> dict[Axis, tuple[str, str]]:
+    """Leaf -> its kind and name: the deepest module that holds all its parameters, or where that is not enough to
+    tell leaves apart, the module of the first parameter that produces it."""
+    kinds = {leaf: structure.kind(leaf) for leaf in structure.places if leaf.size > 1}
+    homes = {leaf: f"{_home(structure, leaf, kind)}/{kind}".lstrip("/") for leaf, kind in kinds.items()}
+    shared = Counter(homes.values())
+    found: dict[Axis, tuple[str, str]] = {}
+    taken: Counter[str] = Counter()
+    for leaf, kind in kinds.items():
+        name = homes[leaf]
+        if shared[name] > 1 and "/" in name:
+            places = structure.places[leaf]
+            first = next((p for p in places if not structure.is_contracted(p)), places[0])[0]
+            name = f"{first.rpartition('.')[0]}/{kind}"
+        taken[name] += 1
+        found[leaf] = kind, name if taken[name] == 1 else f"{name}-{taken[name]}"
+    return found
 
 
-def _head_leaves(trace: Trace) -> dict[Axis, str]:
-    """The leaves that count heads: those beside a softmax over the sequence, other than batch and sequence.
-
-    Heads that were repeated to meet the queries (`broadcast`) are queries sharing a key/value head; a head leaf beside
-    such a leaf is a KV group, and one without is a plain attention head.
-    """
-    kinds: dict[Axis, str] = {}
-    for reduced, others in trace.softmaxed:
-        if not any(h.cause == "data" for leaf in leaves(reduced) for h in leaf.hazards):
-            continue
-        around = [leaf for axis in others for leaf in leaves(axis)]
-        around = [leaf for leaf in around if leaf.size > 1 and not any(h.cause == "data" for h in leaf.hazards)]
-        shared = any("broadcast" in leaf.traits for leaf in around)
-        for leaf in around:
-            kinds[leaf] = "query_head" if "broadcast" in leaf.traits else "kv_group" if shared else "attention_head"
-    return kinds
+def _home(structure: Structure, leaf: Axis, kind: str) -> str:
+    """The module a group is named after; none for a hidden dimension that passes through several layers."""
+    parameters = [name for name, _ in structure.places[leaf]]
+    if kind == "hidden" and len({structure.blocks[name] for name in parameters}) > 1:
+        return ""
+    return common_module(parameters)
 
 
-def _group_of(
-    leaf: Axis,
-    places: list[tuple[str, int]],
-    stored: dict[str, list[Axis]],
-    trace: Trace,
-    heads: dict[Axis, str],
-) -> Group:
-    refusals = sorted({h.text for h in leaf.hazards})
-    consumed = {name for name, axis in trace.consumed if leaf in set(leaves(axis))}
+def _group_of(structure: Structure, leaf: Axis, kind: str, name: str) -> Group:
+    refusals = sorted({h.text for h in leaf.hazards.values()})
     members = []
-    for name, dim in places:
-        try:
-            index = positions(stored[name][dim], leaf)
-        except NotSeparableError:
-            refusals.append(f"the units of {name} dimension {dim} are no set of positions")
-            continue
-        assert index is not None
-        role = "consumer" if name in consumed and _contracted(trace, name, stored[name][dim]) else "producer"
-        members.append(Member(name, dim, index, role))  # type: ignore[arg-type]
-    kind = _kind_of(leaf, places, stored, trace, heads, bool(consumed))
-    return Group(
-        f"{_home(places, trace, kind)}/{kind}".lstrip("/"), kind, leaf.size, tuple(members), (), tuple(refusals)
-    )
-
-
-def _contracted(trace: Trace, name: str, axis: Axis) -> bool:
-    """Whether some matrix product sums over this dimension of the parameter."""
-    return any(n == name and a.find() is axis.find() for n, a in trace.consumed)
-
-
-def _kind_of(
-    leaf: Axis,
-    places: list[tuple[str, int]],
-    stored: dict[str, list[Axis]],
-    trace: Trace,
-    heads: dict[Axis, str],
-    contracted: bool,
-) -> str:
-    blocks = {_block_of(name, trace) for name, _ in places}
-    if leaf in heads:
-        return heads[leaf]
-    if any(h.cause in ("table", "output") for h in leaf.hazards):
-        return "vocabulary" if any(h.cause == "output" for h in leaf.hazards) else "table"
-    if any(heads.get(other) for name, dim in places for other in leaves(stored[name][dim])):
-        return "head_dim"
-    if len(blocks) > 1 or None in blocks:
-        return "hidden"
-    if contracted and all(len(stored[name]) <= 2 for name, _ in places):
-        return "ffn_channel" if not any(h.cause == "constant" for h in leaf.hazards) else "head_dim"
-    return "other"
-
-
-def _block_of(parameter: str, trace: Trace) -> str | None:
-    """The outermost layer a parameter lies in."""
-    candidates = [path for path in trace.blocks if parameter.startswith(path + ".")]
-    return min(candidates, key=len, default=None)
-
-
-def _home(places: list[tuple[str, int]], trace: Trace, kind: str) -> str:
-    """The module a group is named after: the deepest one that holds all its parameters."""
-    names = [name.split(".") for name, _ in places]
-    shared = takewhile(lambda level: len(set(level)) == 1, zip(*(parts[:-1] for parts in names), strict=False))
-    common = [level[0] for level in shared]
-    return "" if kind == "hidden" and len({_block_of(n, trace) for n, _ in places}) > 1 else ".".join(common)
+    seen: dict[Axis, IndexArray | None] = {}  # many parameters share one axis, and then one array
+    for parameter, dim in structure.places[leaf]:
+        axis = structure.stored[parameter][dim].find()
+        if axis not in seen:
+            try:
+                seen[axis] = positions(axis, leaf)
+            except NotSeparableError:
+                seen[axis] = None
+                refusals.append(f"the units of {parameter} dimension {dim} are no set of positions")
+        index = seen[axis]
+        if index is not None:
+            role = "consumer" if structure.is_contracted((parameter, dim)) else "producer"
+            members.append(Member(parameter, dim, index, role))  # type: ignore[arg-type]
+    return Group(name, kind, leaf.size, tuple(members), (), tuple(refusals))
 
 
 def _layer_groups(trace: Trace) -> list[Group]:

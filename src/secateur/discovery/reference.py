@@ -18,15 +18,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from secateur.discovery.axes import Axis, keep_mask
+from secateur.discovery.axes import Axis, keep_mask, leaves
 from secateur.discovery.grouping import build_groups
-from secateur.discovery.trace import BATCH, SEQ_LEN, Reduction, Trace, plain_forward, run_trace
+from secateur.discovery.recorder import Reduction, Trace
+from secateur.discovery.setting import plain_forward
+from secateur.discovery.trace import BATCH, SEQ_LEN, entering_states, run_trace
 from secateur.errors import DiscoveryError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 aten = torch.ops.aten
+NORMS = (aten.native_layer_norm, aten._fused_rms_norm)
 
 
 class RestrictedReductions(TorchDispatchMode):
@@ -38,10 +41,11 @@ class RestrictedReductions(TorchDispatchMode):
         self.step = 0
         self.restricted: dict[int, list[tuple[Reduction, Tensor]]] = {}
         for reduction in trace.reductions:
+            if kept.keys().isdisjoint(leaves(reduction.axis)):
+                continue
             mask = keep_mask(reduction.axis, dict(kept))
             if not mask.all():
-                entry = (reduction, torch.from_numpy(np.flatnonzero(mask)))
-                self.restricted.setdefault(reduction.step, []).append(entry)
+                self.restricted.setdefault(reduction.step, []).append((reduction, torch.from_numpy(mask)))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,15 +64,21 @@ class RestrictedReductions(TorchDispatchMode):
 def restrict(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], events: list[tuple[Reduction, Tensor]]) -> Any:
     """Run one operation on the kept positions; an axis that survives it is filled up with zeros again."""
     new = list(args)
-    for reduction, keep in events:
+    for reduction, mask in events:
         for position, dim in reduction.inputs:
-            new[position] = new[position].index_select(dim, keep.to(new[position].device))
-        if func.overloadpacket is aten.native_layer_norm:
-            new[1] = [len(keep)]
+            operand = new[position]
+            if reduction.fill is None:
+                new[position] = operand.index_select(dim, mask.nonzero()[:, 0].to(operand.device))
+            else:
+                removed = (~mask).nonzero()[:, 0].to(operand.device)
+                new[position] = operand.index_fill(dim, removed, _representable(reduction.fill, operand.dtype))
+        if func.overloadpacket in NORMS:
+            new[1] = [int(mask.sum())]
     out = func(*new, **kwargs)
-    for reduction, keep in events:
+    for reduction, mask in events:
         if reduction.output_dim is None:
             continue
+        keep = mask.nonzero()[:, 0]
         first = out[0] if isinstance(out, tuple) else out
         shape = list(first.shape)
         shape[reduction.output_dim] = reduction.axis.size
@@ -77,12 +87,20 @@ def restrict(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], events: 
     return out
 
 
+def _representable(value: float, dtype: torch.dtype) -> float:
+    """`value`, or for integers the nearest there is."""
+    if dtype.is_floating_point:
+        return value
+    limits = torch.iinfo(dtype if dtype is not torch.bool else torch.uint8)
+    return int(min(max(value, limits.min), limits.max))
+
+
 @contextmanager
 def bypassed(model: PreTrainedModel, blocks: Sequence[str]) -> Iterator[None]:
     """Let the hidden states pass these layers unchanged."""
 
     def skip(_: Any, args: Any, kwargs: Any, out: Any) -> Any:
-        entering = args[0] if args else kwargs["hidden_states"]
+        entering = entering_states(args, kwargs, out)
         return (entering, *out[1:]) if isinstance(out, tuple) else entering
 
     handles = [model.get_submodule(b).register_forward_hook(skip, with_kwargs=True) for b in blocks]

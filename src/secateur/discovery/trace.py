@@ -6,11 +6,8 @@ takes seconds and no memory. See `rules/` for what each operation teaches.
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,156 +17,23 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from secateur.discovery.axes import Axis, Hazard, freeze, unify
+import secateur.discovery.rules  # noqa: F401  (registers the rules)
+from secateur.discovery.axes import Axis, Hazard, freeze
+from secateur.discovery.recorder import RULES, Reduction, Trace, Tracer
+from secateur.discovery.setting import plain_forward, quiet_transformers, unchanged
 from secateur.errors import DiscoveryError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+__all__ = ["BATCH", "RULES", "SEQ_LEN", "Reduction", "Trace", "plain_forward", "quiet_transformers", "run_trace"]
+
 BATCH, SEQ_LEN = 2, 7  # sizes of the probe input; any two small numbers do
+LONG = 150  # tokens of the second probe, which reaches what compresses long contexts
 
-Rule = Callable[["Trace", Any, Sequence[Any], Mapping[str, Any], Any], None]
-RULES: dict[Any, Rule] = {}
-
-
-def rule(*ops: Any) -> Callable[[Rule], Rule]:
-    """Register a function as what the tracer learns from these aten operators."""
-
-    def register(function: Rule) -> Rule:
-        for op in ops:
-            RULES[op] = function
-        return function
-
-    return register
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """One operation that sums, averages or normalises over an axis.
-
-    Attributes:
-        step: which operation of the run, counted from 0.
-        inputs: (argument position, dimension) of each operand the axis lies on.
-        axis: the axis reduced over.
-        output_dim: where the axis is in the result, None if it is gone.
-    """
-
-    step: int
-    inputs: tuple[tuple[int, int], ...]
-    axis: Axis
-    output_dim: int | None = None
-
-
-@dataclass
-class Trace:
-    """What one forward pass taught.
-
-    Attributes:
-        parameters: name -> one axis per dimension, for every parameter and buffer.
-        reductions: all reducing operations, in order.
-        consumed: (parameter, axis) pairs that a contraction sums over.
-        softmaxed: (axis reduced over, the other axes) of every softmax.
-        ops: name of every operation, in order.
-        unread: parameters the forward pass never touched.
-        read: identities of all tensors some operation read.
-        blocks: module path -> (axis of its input's last dimension, of its output's), for candidate layers.
-    """
-
-    parameters: dict[str, list[Axis]] = field(default_factory=dict)
-    reductions: list[Reduction] = field(default_factory=list)
-    consumed: list[tuple[str, Axis]] = field(default_factory=list)
-    softmaxed: list[tuple[Axis, tuple[Axis, ...]]] = field(default_factory=list)
-    ops: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
-    read: set[int] = field(default_factory=set)
-    blocks: dict[str, tuple[Axis, Axis]] = field(default_factory=dict)
-    _dims: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-    _origin: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
-
-    def dims(self, tensor: Tensor) -> list[Axis]:
-        """The axes of a tensor. One that no traced operation made is a constant that cutting would not change."""
-        if tensor not in self._dims:
-            text = "tied to a constant that the model computes outside its state dict"
-            self._dims[tensor] = [Axis(s, [Hazard("constant", text)]) for s in tensor.shape]
-        axes: list[Axis] = self._dims[tensor]
-        return axes
-
-    def set(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
-        self._dims[tensor] = list(axes)
-
-    def origin(self, tensor: Tensor) -> str | None:
-        """The parameter a tensor is a view or copy of."""
-        name: str | None = self._origin.get(tensor)
-        return name
-
-    def set_origin(self, tensor: Tensor, parameter: str) -> None:
-        self._origin[tensor] = parameter
-
-    def reduce(self, inputs: Sequence[tuple[int, int]], axis: Axis, output_dim: int | None = None) -> None:
-        """Record that the current operation reduces over `axis`."""
-        self.reductions.append(Reduction(len(self.ops) - 1, tuple(inputs), axis, output_dim))
-
-
-class Tracer(TorchDispatchMode):
-    """Applies the rule of every operation to `trace`."""
-
-    def __init__(self, trace: Trace) -> None:
-        super().__init__()
-        self.trace = trace
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        tensors = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        results = [t for t in tree_iter(out) if isinstance(t, Tensor)]
-        if not results:
-            return out
-        trace = self.trace
-        trace.read.update(id(t) for t in tensors)
-        trace.ops.append(str(func))
-        packet = func.overloadpacket
-        if packet in RULES:
-            RULES[packet](trace, func, args, kwargs, out)
-        elif torch.Tag.pointwise in func.tags:
-            pointwise(trace, func, tensors, results)
-        else:
-            unknown(trace, func, tensors, results)
-        if len(tensors) == 1 and (name := trace.origin(tensors[0])) is not None:
-            for result in results:
-                trace.set_origin(result, name)
-        return out
-
-
-def pointwise(trace: Trace, func: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """Element-wise operations tie their operands position by position, after broadcasting."""
-    shape = results[0].shape
-    axes: list[Axis] = []
-    for back in range(1, len(shape) + 1):
-        size = shape[-back]
-        met = [trace.dims(t)[-back] for t in tensors if t.dim() >= back and t.shape[-back] == size]
-        axis = met[0] if met else Axis(size)
-        for other in met[1:]:
-            unify(axis, other, str(func))
-        axes.append(axis)
-    axes.reverse()
-    for result in results:
-        if result.shape == shape:
-            trace.set(result, axes)
-
-
-def unknown(trace: Trace, func: Any, tensors: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-    """An operation without a rule freezes everything it touches."""
-    hazard = Hazard("unknown", f"the operation {func} has no rule")
-    for tensor in tensors:
-        for axis in trace.dims(tensor):
-            freeze(axis, hazard)
-    for result in results:
-        trace.set(result, [Axis(s, [hazard]) for s in result.shape])
+VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
+FAILURES = (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError, AttributeError)
 
 
 def run_trace(model: PreTrainedModel, *, fake: bool = True) -> Trace:
@@ -182,33 +46,51 @@ def run_trace(model: PreTrainedModel, *, fake: bool = True) -> Trace:
     Raises:
         DiscoveryError: the forward pass fails.
     """
-    import secateur.discovery.rules  # noqa: F401  (registers the rules)
-
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     try:
         if not fake:
-            return _traced(model, state)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+            return _traced(model, state, warm_up=True)
+        with FakeTensorMode(allow_non_fake_inputs=True), unchanged(model):
             return _traced(model, _fake_copies(state))
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except VALUE_DEPENDENT as error:
         if any(t.is_meta for t in state.values()):
             raise DiscoveryError(
                 f"the forward pass of {type(model).__name__} depends on values ({error}); "
                 "load the weights to discover its groups"
             ) from error
         return run_trace(model, fake=False)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+    except FAILURES as error:
         raise DiscoveryError(f"cannot trace {type(model).__name__}: {error}") from error
 
 
-def _traced(model: PreTrainedModel, state: Mapping[str, Tensor]) -> Trace:
-    """Trace a forward pass with `state` in place of the model's own tensors."""
+def _traced(model: PreTrainedModel, state: Mapping[str, Tensor], *, warm_up: bool = False) -> Trace:
+    """Trace a forward pass with `state` in place of the model's own tensors.
+
+    Args:
+        warm_up: run once before, for models whose first run does more than the next ones.
+    """
     trace = Trace()
+    device = next(iter(state.values())).device
     with plain_forward(model):
-        ids = torch.zeros(BATCH, SEQ_LEN, dtype=torch.long, device=next(iter(state.values())).device)
+        ids = torch.zeros(BATCH, SEQ_LEN, dtype=torch.long, device=device)
+        if warm_up:
+            model(ids, use_cache=False)
         _register(trace, model, state)
         _forward(model, trace, state, ids)
+        if trace.unread:
+            _reach_further(model, trace, state, device)
     return trace
+
+
+def _reach_further(model: PreTrainedModel, trace: Trace, state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Trace a longer input for what it ties; the reductions recorded stay those of the short one, which is replayed."""
+    steps, reductions = len(trace.ops), len(trace.reductions)
+    try:
+        with unchanged(model):
+            _forward(model, trace, state, torch.zeros(1, LONG, dtype=torch.long, device=device))
+    except Exception:  # a model may refuse this length in any way it likes; what it never reads then stays unread
+        pass
+    del trace.ops[steps:], trace.reductions[reductions:], trace.modules[:]
 
 
 def _fake_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -237,7 +119,7 @@ def _register(trace: Trace, model: PreTrainedModel, state: Mapping[str, Tensor])
 def _forward(model: PreTrainedModel, trace: Trace, state: Mapping[str, Tensor], ids: Tensor) -> None:
     hazard = Hazard("data", "a batch or sequence dimension")
     trace.set(ids, [Axis(s, [hazard]) for s in ids.shape])
-    with _observed_blocks(model, trace), Tracer(trace):
+    with _observed_modules(model, trace), Tracer(trace):
         logits = torch.func.functional_call(model, dict(state), (ids,), {"use_cache": False}).logits
     for axis in trace.dims(logits):
         freeze(axis, Hazard("output", "the vocabulary the model predicts over"))
@@ -245,18 +127,20 @@ def _forward(model: PreTrainedModel, trace: Trace, state: Mapping[str, Tensor], 
 
 
 @contextmanager
-def _observed_blocks(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
-    """Note the axes of the hidden states that enter and leave every child of a ModuleList."""
+def _observed_modules(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
+    """Know which module runs, and note the axes that enter and leave every child of a ModuleList."""
     handles = []
-    for path, modules in model.named_modules():
-        if not isinstance(modules, torch.nn.ModuleList):
+    for path, module in model.named_modules():
+        if path:
+            handles.append(module.register_forward_pre_hook(lambda *_, path=path: trace.modules.append(path)))
+            handles.append(module.register_forward_hook(lambda *_: _pop(trace.modules)))
+        if not isinstance(module, torch.nn.ModuleList):
             continue
-        for number, block in enumerate(modules):
+        for number, block in enumerate(module):
 
             def note(_: Any, args: Any, kwargs: Any, out: Any, name: str = f"{path}.{number}") -> None:
-                entering = args[0] if args else kwargs.get("hidden_states")
-                leaving = out[0] if isinstance(out, tuple) else out
-                if isinstance(entering, Tensor) and isinstance(leaving, Tensor) and entering.shape == leaving.shape:
+                entering, leaving = entering_states(args, kwargs, out), out[0] if isinstance(out, tuple) else out
+                if entering is not None:
                     trace.blocks[name] = (trace.dims(entering)[-1], trace.dims(leaving)[-1])
 
             handles.append(block.register_forward_hook(note, with_kwargs=True))
@@ -267,67 +151,15 @@ def _observed_blocks(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def plain_forward(model: PreTrainedModel) -> Iterator[None]:
-    """The setting in which models are traced and compared.
-
-    Evaluation mode, no gradients, eager attention (so that every operation is visible), and for a float64 model no
-    detour through float32. Restored afterwards.
-    """
-    training, attention = model.training, model.config._attn_implementation
-    model.eval()
-    _set_attention(model, "eager")
-    precision = DoublePrecision() if model.dtype == torch.float64 else nullcontext()
-    try:
-        with torch.no_grad(), precision, _ListsAsSlices():
-            yield
-    finally:
-        _set_attention(model, attention)
-        model.train(training)
+def entering_states(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Tensor | None:
+    """The hidden states a module was given: the first operand with the shape of what it returns."""
+    leaving = out[0] if isinstance(out, tuple) and out else out
+    if not isinstance(leaving, Tensor) or leaving.dim() < 2:
+        return None
+    operands = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+    return next((t for t in operands if t.shape == leaving.shape), None)
 
 
-class DoublePrecision(TorchDispatchMode):
-    """Keeps computations in float64 that a model would do in float32 (norms, rotary codes, softmax)."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("dtype") is torch.float32:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
-
-
-class _ListsAsSlices(TorchFunctionMode):
-    """Reads `x[..., [-2], :]` as the slice it is: a fake tensor would not know the values of the list."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
-            args = (args[0], tuple(_as_slice(i) for i in args[1]))
-        return func(*args, **(kwargs or {}))
-
-
-def _as_slice(index: Any) -> Any:
-    if isinstance(index, list) and index and all(type(i) is int for i in index):
-        first, stop = index[0], index[-1] + 1
-        if index == list(range(first, stop)):
-            return slice(first, stop if stop else None)
-    return index
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence the library's log while sizes and settings are tried that it may not like."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _set_attention(model: PreTrainedModel, implementation: str) -> None:
-    """Switch the attention implementation; classes that fix theirs at construction keep it, which is fine."""
-    with quiet_transformers():
-        model.set_attn_implementation(implementation)
+def _pop(modules: list[str]) -> None:
+    """Forget the module that has just run; a hook that returns nothing leaves its output alone."""
+    modules.pop()

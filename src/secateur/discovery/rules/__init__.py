@@ -5,6 +5,46 @@ A rule has the signature `(trace, func, args, kwargs, out)`, reads its operands'
 need no rule.
 """
 
-from secateur.discovery.rules import contraction, creation, layout, lookup, pieces, reduction
+from secateur.discovery.rules import (
+    attention,
+    choice,
+    complex_numbers,
+    contraction,
+    convolution,
+    counting,
+    creation,
+    diagonal,
+    elementwise,
+    layout,
+    lookup,
+    norm,
+    opaque,
+    padding,
+    pieces,
+    reduction,
+    scan,
+    softmax,
+    write,
+)
 
-__all__ = ["contraction", "creation", "layout", "lookup", "pieces", "reduction"]
+__all__ = [
+    "attention",
+    "choice",
+    "complex_numbers",
+    "contraction",
+    "convolution",
+    "counting",
+    "creation",
+    "diagonal",
+    "elementwise",
+    "layout",
+    "lookup",
+    "norm",
+    "opaque",
+    "padding",
+    "pieces",
+    "reduction",
+    "scan",
+    "softmax",
+    "write",
+]

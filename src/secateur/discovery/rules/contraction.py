@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from secateur.discovery.axes import Axis, unify
-from secateur.discovery.trace import Trace, rule
+from secateur.discovery.axes import Axis, Hazard, freeze, unify
+from secateur.discovery.recorder import Trace, rule
 
 aten = torch.ops.aten
 
@@ -16,11 +16,13 @@ aten = torch.ops.aten
 def contract(trace: Trace, func: Any, args: Sequence[Any], left: int, right: int) -> tuple[list[Axis], list[Axis]]:
     """Tie the last axis of operand `left` to the last but one of operand `right`, and record the reduction."""
     a, b = trace.dims(args[left]), trace.dims(args[right])
-    unify(a[-1], b[-2], str(func))
+    unify(a[-1], b[-2], trace.here)
     trace.reduce([(left, len(a) - 1), (right, len(b) - 2)], a[-1])
     for position, axis in ((left, a[-1]), (right, b[-2])):
         if (name := trace.origin(args[position])) is not None:
             trace.consumed.append((name, axis))
+    if len(a) == 3 and trace.origin(args[left]) is None and trace.origin(args[right]) is None:
+        trace.paired.append((a[0], a[-1]))
     return a, b
 
 
@@ -40,14 +42,14 @@ def addmm(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any
 @rule(aten.bmm)
 def bmm(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     a, b = contract(trace, func, args, 0, 1)
-    unify(a[0], b[0], str(func))
+    unify(a[0], b[0], trace.here)
     trace.set(out, [a[0], a[1], b[2]])
 
 
 @rule(aten.baddbmm)
 def baddbmm(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     a, b = contract(trace, func, args, 1, 2)
-    unify(a[0], b[0], str(func))
+    unify(a[0], b[0], trace.here)
     trace.set(out, [a[0], a[1], b[2]])
     _add(trace, func, args[0], out)
 
@@ -57,22 +59,28 @@ def _add(trace: Trace, func: Any, term: Any, out: Any) -> None:
     axes = trace.dims(out)
     for back, axis in enumerate(reversed(trace.dims(term)), start=1):
         if axis.size == axes[-back].size:
-            unify(axis, axes[-back], str(func))
+            unify(axis, axes[-back], trace.here)
 
 
-@rule(
-    aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention,
-    aten._scaled_dot_product_attention_math, aten._scaled_dot_product_fused_attention_overrideable,
-)  # fmt: skip
-def attention(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-    """Fused attention of q [b, H, s, D], k [b, H, t, D], v [b, H, t, Dv]: classes that cannot run eagerly use it."""
-    q, k, v = (trace.dims(a) for a in args[:3])
-    for a, b in ((q[0], k[0]), (q[0], v[0]), (q[1], k[1]), (q[1], v[1]), (q[3], k[3]), (k[2], v[2])):
-        unify(a, b, str(func))
-    trace.reduce([(0, 3), (1, 3)], q[3])
-    trace.softmaxed.append((k[2], (q[0], q[1], q[2])))
-    trace.set(out[0], [q[0], q[1], q[2], v[3]])
-    for extra in out[1:]:
-        if isinstance(extra, torch.Tensor):
-            trace.set(extra, [Axis(s) for s in extra.shape])
+@rule(aten.mv, aten.dot, aten.vdot)
+def with_vector(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    a, b = trace.dims(args[0]), trace.dims(args[1])
+    unify(a[-1], b[0], trace.here)
+    trace.reduce([(0, len(a) - 1), (1, 0)], b[0])
+    for position in (0, 1):
+        if (name := trace.origin(args[position])) is not None:
+            trace.consumed.append((name, b[0]))
+    trace.set(out, a[:-1])
+
+
+@rule(aten._grouped_mm, torch.ops.transformers.grouped_mm_fallback)
+def grouped_mm(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """Rows [tokens, in] that are sorted by expert times matrices [experts, in, out], with one offset per expert."""
+    a, b = contract(trace, func, args, 0, 1)
+    offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+    if len(a) != 2 or len(b) != 3 or offsets is None:
+        for axis in (*a, *b):
+            freeze(axis, Hazard("unknown", f"{trace.here} with operands of these ranks has no rule"))
+    else:
+        unify(trace.dims(offsets)[0], b[0], trace.here)
+    trace.set(out, [a[0], b[-1]])

@@ -8,16 +8,34 @@ from typing import Any
 import torch
 
 from secateur.discovery.axes import Axis, Hazard
-from secateur.discovery.trace import Trace, rule
+from secateur.discovery.recorder import Trace, rule
 
 aten = torch.ops.aten
 
 
-@rule(aten.arange, aten.linspace, aten.eye)
+@rule(aten.arange)
 def counting(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """0, 1, 2, ... numbers its own axis: harmless where it is compared with indices, a constant anywhere else."""
+    overload = func._overloadname
+    start = args[0] if overload in ("start", "start_step") else 0
+    step = args[2] if overload == "start_step" and len(args) > 2 else 1
+    if start != 0 or step != 1:
+        constant(trace, func, args, kwargs, out)
+        return
+    axis = Axis(out.shape[0])
+    axis.traits.add("counting")
+    trace.set(out, [axis])
+    trace.set_numbered(out, axis)
+
+
+@rule(
+    aten.linspace, aten.logspace, aten.eye, aten.rand, aten.randn, aten.randint, aten.randperm, aten.tril_indices,
+    aten.triu_indices, aten.hann_window,
+)  # fmt: skip
+def constant(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Every position has its own value, computed again after a cut: what is tied to it must stay whole."""
-    hazard = Hazard("constant", f"tied to a constant that {func} makes anew (as rotary, alibi and position codes do)")
-    trace.set(out, [Axis(s, [hazard]) for s in out.shape])
+    text = f"tied to a constant that {trace.here} makes anew (as rotary, alibi and position codes do)"
+    trace.set(out, [Axis(s, [Hazard("constant", text)]) for s in out.shape])
 
 
 @rule(

@@ -1,0 +1,119 @@
+"""The setting in which models are traced and compared: every operation visible, every run alike."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Which implementation of attention and of experts shows its single operations. Grouped products of experts cannot run
+# on fake float32 tensors; batched ones can.
+VISIBLE = {"_attn_implementation_internal": "eager", "_experts_implementation_internal": "batched_mm"}
+
+
+@contextmanager
+def plain_forward(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, no gradients, plain operations, and for a float64 model no detour through float32.
+
+    Restored afterwards.
+    """
+    training = model.training
+    model.eval()
+    precision = DoublePrecision() if model.dtype == torch.float64 else nullcontext()
+    try:
+        with visible_implementations(model), torch.no_grad(), precision, _PlainCalls():
+            yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def visible_implementations(model: PreTrainedModel) -> Iterator[None]:
+    """Switch to implementations made of single operations; classes that fix theirs keep it, which is fine."""
+    configs = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    saved = [(c, name, vars(c)[name]) for c in configs for name in VISIBLE if name in vars(c)]
+    try:
+        with quiet_transformers():
+            model.set_attn_implementation("eager")
+            if hasattr(model, "set_experts_implementation"):
+                model.set_experts_implementation("batched_mm")
+        yield
+    finally:
+        for config, name, value in saved:
+            setattr(config, name, value)
+
+
+class DoublePrecision(TorchDispatchMode):
+    """Keeps computations in float64 that a model would do in float32 (norms, rotary codes, softmax)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("dtype") is torch.float32:
+            kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+class _PlainCalls(TorchFunctionMode):
+    """Rewrites two calls into operations that work the same with and without data.
+
+    `x[..., [-2], :]` becomes the slice it is (a fake tensor would not know the values of the list), and a one-hot code
+    the comparison it is (with data, it would also check its values).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple):
+            args = (args[0], tuple(_as_slice(i) for i in args[1]))
+        if func is torch.nn.functional.one_hot:
+            classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
+            if classes > 0:
+                return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).to(torch.int64)
+        return func(*args, **kwargs)
+
+
+def _as_slice(index: Any) -> Any:
+    if isinstance(index, list) and index and all(type(i) is int for i in index):
+        first, stop = index[0], index[-1] + 1
+        if index == list(range(first, stop)):
+            return slice(first, stop if stop else None)
+    return index
+
+
+@contextmanager
+def unchanged(model: PreTrainedModel) -> Iterator[None]:
+    """Undo what a forward pass leaves behind in the modules: caches, and flags such as "already rescaled"."""
+    tables = ("_buffers", "_parameters", "_modules")
+    saved = [(m, dict(vars(m)), [(t, dict(vars(m)[t])) for t in tables]) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in saved:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for table, entries in contents:
+                vars(module)[table].clear()
+                vars(module)[table].update(entries)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the library's log while sizes and settings are tried that it may not like."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
