@@ -6,13 +6,16 @@
     small = secateur.slice(model, plan)
     secateur.save(small, "out/")
 
-Names are imported when first used, so that `import secateur` is quick and does not import transformers.
+Names are imported when first used, so that `import secateur` is quick and does not import transformers. It makes
+`from_pretrained` load checkpoints whose layers differ in width without `trust_remote_code=True`.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from secateur.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from secateur.allocation import Budget, allocate
@@ -67,3 +70,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'secateur' has no attribute {name!r}")
     return getattr(import_module(f"secateur.{_HOME[name]}"), name)
+
+
+register_with_transformers()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from secateur.discovery.setting import quiet_transformers
 from secateur.errors import CheckpointError
 from secateur.plan import PruningPlan
 
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {"demo": ASSETS / "demo-model"}
 PARITY_TOLERANCE = 1e-6
+LOADING = """Layers differ in width (`per_layer_config` in `config.json`), so the class comes with the checkpoint
+(`{file}.py`):
+
+```python
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+```
+
+With `import secateur` before it, the flag is not needed and the file is not run."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +256,10 @@ def save(
     results: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint that plain `from_pretrained` loads, and read it back.
+    """Write a checkpoint that `from_pretrained` loads, and read it back.
+
+    A model whose layers differ in width brings the file of its class along; without Secateur it then loads with
+    `trust_remote_code=True`.
 
     Raises:
         CheckpointError: the folder is in use, or what was written does not load to the same model (it is removed then).
@@ -279,7 +291,7 @@ def write(
 
 
 def verify_reload(folder: Path, model: PreTrainedModel) -> float:
-    """Load `folder` with stock transformers and return the largest difference of logits from `model`.
+    """Load `folder` with transformers' AutoModel and return the largest difference of logits from `model`.
 
     Raises:
         CheckpointError: it does not load, or the difference is more than rounding.
@@ -287,7 +299,8 @@ def verify_reload(folder: Path, model: PreTrainedModel) -> float:
     from transformers import AutoModelForCausalLM
 
     try:
-        again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+        with quiet_transformers():
+            again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
     except Exception as error:  # whatever the class raises, the user must not be left with this folder
         raise CheckpointError(f"the checkpoint just written does not load: {_first_line(error)}") from error
     ids = torch.arange(32, device=model.device).remainder(model.get_input_embeddings().weight.shape[0])[None]
@@ -316,6 +329,8 @@ def model_card(model: PreTrainedModel, results: Mapping[str, Any], base: Checkpo
     for name, p in results.get("perplexity", {}).items():
         figures = ", ".join(f"{s} {p[s]:.3f}" for s in ("dense", "pruned", "recovered") if s in p)
         lines += ["", f"Perplexity on {name}: {figures} ({p['tokens']:,} tokens, windows of {p['seq_len']})."]
+    if remote := getattr(model.config, "auto_map", None):
+        lines += ["", LOADING.format(file=remote["AutoConfig"].partition(".")[0])]
     lines += ["", "How everything was measured: `results.json`. Which units were kept: `plan.json`.", ""]
     return "\n".join(lines)
 

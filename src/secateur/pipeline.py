@@ -109,7 +109,7 @@ def _cut(
                 f"{plan} was made for another model: sha256 {made_for[:12]}..., here {str(source.sha256)[:12]}..."
             )
         clock.begin("cut")
-        return slice(source.model, replayed, reloadable=recipe.prune.uniform), replayed
+        return slice(source.model, replayed), replayed
     batches = [calibration_batch(source, recipe, results)]
     result = llm_pruner.run(source.model, batches, method_settings(recipe.prune, recipe.seed), clock.begin)
     results["left_whole"] = dict(result.left_whole)

@@ -113,7 +113,7 @@ def run(
     on_step("discover")
     groups = discover(model)
     kinds = settings.kinds or kinds_of(settings.mode, groups)
-    can = expressible(model, groups, kinds) if settings.uniform else Expressible(lambda family, count: True)
+    can = expressible(model, groups, kinds, uniform=settings.uniform)
     candidates, left_whole = select(groups, kinds, can)
 
     plan = PruningPlan({}, {})
@@ -137,7 +137,7 @@ def run(
             ties=can.ties,
         )
     on_step("cut")
-    small = slice(model, plan, groups, reloadable=settings.uniform)
+    small = slice(model, plan, groups)
     return PruneResult(small, plan, groups, scores, left_whole)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from secateur.discovery.trace import quiet_transformers
+from secateur.discovery.setting import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

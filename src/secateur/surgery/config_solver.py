@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from secateur.discovery.trace import quiet_transformers
+from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups, Kept
 from secateur.surgery.config_fields import kept_entries, kept_indices, rebuilt, values_of
@@ -181,13 +181,16 @@ class ConfigSolver:
                 f"{name} can set the width of {family} only together with {partners}, all by the same share: "
                 f"prune these kinds together (--kinds {kinds})"
             )
-        return f"{name} has no field that sets the width of {family} alone, so no stock class could load the result"
+        return f"{name} has no field that sets the width of {family} alone, so no class could load the result"
 
     def _shares(self, kept: Kept) -> dict[str, Fraction]:
         """Family -> share of the units kept in each of its groups, for families that lose any."""
+        gone = tuple(block + "." for block in self.groups.removed_blocks(kept))
         shares: dict[str, Fraction] = {}
         for family in dict.fromkeys(self.groups.named(name).family for name in kept):
-            members = self._families[family]
+            members = [g for g in self._families[family] if not g.name.startswith(gone)]
+            if not members:
+                continue
             found = {Fraction(len(kept.get(g.name, range(g.units))), g.units) for g in members}
             if len(found) > 1:
                 raise PlanError(

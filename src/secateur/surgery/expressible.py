@@ -8,7 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from secateur.groups import Groups
-from secateur.surgery.slicing import checked_solver
+from secateur.surgery.slicing import layer_solver
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Expressible:
-    """The uniform cuts that the configuration of a model can follow.
+    """The cuts that the configuration of a model can follow.
 
     Attributes:
         feasible: (family, units kept in every group) -> whether there is a configuration for it; families tied to it
@@ -32,19 +32,26 @@ class Expressible:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str]) -> Expressible:
-    """Which families of these kinds can be cut, with the same widths in every layer."""
-    solver = checked_solver(model, groups)
-    wanted = set(groups.families(kinds))
+def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], *, uniform: bool = True) -> Expressible:
+    """Which families of these kinds can be cut.
+
+    Args:
+        uniform: with the same widths in every layer, as stock classes need it; otherwise in each layer by itself, where
+            ties are no way out: what they tie to may span all layers.
+    """
+    solver = layer_solver(model, groups)
+    families = groups.families(kinds)
     ties: list[tuple[str, ...]] = []
     refused: dict[str, str] = {}
-    for family in groups.families(kinds):
-        if solver.rule(family) is not None or any(family in tie for tie in ties):
+    for family, members in families.items():
+        if uniform and len({g.units for g in members}) > 1:
+            refused[family] = f"the layers differ in the width of {family} already, so it is cut with --per-layer only"
+        if family in refused or solver.rule(family) is not None or any(family in tie for tie in ties):
             continue
-        rule = solver.tied_rule(family)
-        if rule is None or not wanted.issuperset(rule.families) or not _joined(ties, rule.families, solver):
+        rule = solver.tied_rule(family) if uniform else None
+        if rule is None or not families.keys() >= set(rule.families) or not _joined(ties, rule.families, solver):
             refused[family] = solver.refusal(family)
-    return Expressible(cache(solver.feasible), tuple(ties), refused)
+    return Expressible(cache(solver.feasible) if uniform else lambda family, count: True, tuple(ties), refused)
 
 
 def _joined(ties: list[tuple[str, ...]], families: tuple[str, ...], solver: ConfigSolver) -> bool:

@@ -17,7 +17,8 @@ from secateur.errors import PlanError
 from secateur.groups import Group
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
-from secateur.surgery.slicing import LogitCheck, checked_solver, is_large, rebuild, twin
+from secateur.surgery.slicing import cut, layer_solver
+from secateur.surgery.trial import LogitCheck, is_large, twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -66,7 +67,7 @@ def prove(model: PreTrainedModel, kinds: Sequence[str] = OFFERED_KINDS, seed: in
     """
     subject = _subject(model, seed)
     reference = Reference(subject)
-    solver = checked_solver(subject, reference.groups, reference)
+    solver = layer_solver(subject, reference.groups, reference)
     generator = np.random.default_rng(seed)
     return [
         _prove_family(subject, reference, solver, members, generator)
@@ -84,21 +85,21 @@ def _prove_family(
     by_distance = sorted(range(1, group.units), key=lambda c: abs(c - wanted))[:32]
     count = next((c for c in by_distance if rule and solver.feasible(group.family, c)), wanted)
     kept = {
-        g.name: tuple(sorted(generator.choice(g.units, count * g.units // group.units, replace=False).tolist()))
+        g.name: tuple(sorted(generator.choice(g.units, max(1, count * g.units // group.units), replace=False).tolist()))
         for g in reference.groups
         if g.family == group.family or g.family in tied
     }
     check = LogitCheck(model, kept, reference)
     facts = (group.kind, group.family, len(members), group.units, count)
     try:
-        rebuild(model, solver, kept, check)
+        cut(model, reference.groups, kept, check, solver)
         return Proof(*facts, check.difference, "config", (*rule.fields, *rule.pins) if rule else (), tied)
     except PlanError as error:
         reason = str(error)
-    cut = cut_modules(model, reference.groups, kept, check.same)
-    if cut is None:
+    small = cut_modules(model, reference.groups, kept, check.same)
+    if small is None:
         return Proof(*facts, None, "none", reason=reason)
-    return Proof(*facts, check.difference, "modules", cut[1], tied, reason)
+    return Proof(*facts, check.difference, "modules", small[1], tied, reason)
 
 
 def _subject(model: PreTrainedModel, seed: int) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Final removal: a smaller model of a stock class, whose logits are those of the original without the removed units."""
+"""Final removal: a smaller model that loads again, whose logits are those of the original without the removed units."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from accelerate import init_empty_weights
 from torch import Tensor
 
 from secateur.discovery import discover
-from secateur.discovery.reference import Reference, plain_logits, probe_ids
-from secateur.discovery.trace import quiet_transformers
+from secateur.discovery.reference import Reference
+from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError
 from secateur.groups import Groups, Kept
 from secateur.plan import PruningPlan
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver, build_on_meta, expected_shapes, shapes_of
 from secateur.surgery.field_rule import FieldRule
+from secateur.surgery.per_layer import is_per_layer, per_layer_target, skeleton, widths_differ
 from secateur.surgery.state import cut_tensors
+from secateur.surgery.trial import LogitCheck, is_large, twin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-MAX_OWN_WEIGHTS = 300_000_000  # parameters; trials on larger models run on a shallow twin
-
-# Largest relative difference (Frobenius norm) of logits that rounding explains.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def slice(
@@ -36,48 +33,48 @@ def slice(
 ) -> PreTrainedModel:
     """Remove what `plan` removes; `model` itself is left as it is.
 
-    The result is built by the model's own class from an edited configuration, or, where that class refuses the sizes,
-    by a stock class with the same parameters. Its logits on a probe are compared with those of the original under
-    restricted reductions before it is returned.
+    If every layer keeps the same widths, the result is built by the model's own class from an edited configuration, or,
+    where that class refuses the sizes, by a stock class with the same parameters. If widths differ by layer, it is
+    built by the class of `secateur.modeling_per_layer`, whose file goes into the folder when the model is saved. Its
+    logits on a probe are compared with those of the original under restricted reductions before it is returned.
 
     Args:
-        reloadable: refuse widths that no stock class can load. If False, such a cut is made in a copy of the modules:
-            the result runs, but cannot be saved as a plain checkpoint.
+        reloadable: refuse widths that no configuration expresses. If False, such a cut is made in a copy of the
+            modules: the result runs, but cannot be saved.
 
     Raises:
-        PlanError: the plan does not fit the model, or no stock class expresses the cut with the same logits.
+        PlanError: the plan does not fit the model, or no class expresses the cut with the same logits.
     """
     groups = groups or discover(model)
     plan.check(groups)
     kept = {n: k for n, k in plan.kept.items() if len(k) < groups.named(n).units}
     check = LogitCheck(model, kept)
     try:
-        return rebuild(model, checked_solver(model, groups, check.reference), kept, check)
+        return cut(model, groups, kept, check)
     except PlanError:
         if reloadable:
             raise
-    cut = cut_modules(model, groups, kept, check.same)
-    if cut is None:
+    small = cut_modules(model, groups, kept, check.same)
+    if small is None:
         raise PlanError("no setting of the modules' sizes gives a model with the right logits for this plan")
-    return cut[0]
+    return small[0]
 
 
-class LogitCheck:
-    """Compares candidates with the original model restricted to the units that stay."""
+def cut(
+    model: PreTrainedModel, groups: Groups, kept: Kept, check: LogitCheck, solver: ConfigSolver | None = None
+) -> PreTrainedModel:
+    """The cut model, as an instance of a class that can load it.
 
-    def __init__(self, model: PreTrainedModel, kept: Kept, reference: Reference | None = None) -> None:
-        self.ids = probe_ids(model)
-        self.reference = reference or Reference(model)
-        self.wanted = self.reference.logits(self.ids, kept)
-        self.tolerance = TOLERANCE[model.dtype]
-        self.difference = float("inf")
+    Args:
+        solver: what `layer_solver` gives for the model, if it is there already.
 
-    def same(self, small: PreTrainedModel) -> bool:
-        """Whether the logits agree to rounding; `difference` is the largest absolute one."""
-        logits = plain_logits(small, self.ids)
-        self.difference = float((logits - self.wanted).abs().max())
-        relative = float((logits - self.wanted).norm() / self.wanted.norm())
-        return relative <= self.tolerance
+    Raises:
+        PlanError: no class expresses the cut; found before anything is computed with the model's weights, if possible.
+    """
+    solver = solver or layer_solver(model, groups, None if is_large(model) else check.reference)
+    if is_per_layer(model) or widths_differ(groups, kept):
+        return rebuild_per_layer(model, groups, solver, kept, check)
+    return rebuild(model, solver, kept, check)
 
 
 def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference | None = None) -> ConfigSolver:
@@ -103,27 +100,12 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
     return ConfigSolver(model, groups, accept)
 
 
-def is_large(model: PreTrainedModel) -> bool:
-    """Whether trials run on a twin: there are no weights, or too many to copy for every trial."""
-    return any(p.is_meta for p in model.parameters()) or model.num_parameters() > MAX_OWN_WEIGHTS
-
-
-def twin(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
-    """A model of the same class and widths with random float32 weights and few layers: at least two, and as many of the
-    first ones as it takes to have every family.
-
-    Raises:
-        PlanError: the class has no field for the number of layers.
-    """
-    solver = ConfigSolver(model, groups)
-    first = {g.family: g.layer for g in reversed(groups.groups) if g.layer is not None}
-    for group in groups:
-        if group.kind == "layer" and solver.rule(group.family) is not None:
-            depth = min(max(2, *(layer + 1 for layer in first.values())), group.units)
-            config = solver.edited(model.config, {group.name: range(depth)})
-            with quiet_transformers():
-                return type(model)._from_config(config, dtype=torch.float32).eval()
-    raise PlanError(f"{type(model).__name__} has no field for its number of layers, so no small twin can be tried")
+def layer_solver(model: PreTrainedModel, groups: Groups, reference: Reference | None = None) -> ConfigSolver:
+    """A solver for a model whose layers may differ: finds the fields on one of the same class where they do not."""
+    if not is_per_layer(model):
+        return checked_solver(model, groups, reference)
+    uniform = skeleton(model)
+    return checked_solver(uniform, discover(uniform))
 
 
 def rebuild(model: PreTrainedModel, solver: ConfigSolver, kept: Kept, check: LogitCheck) -> PreTrainedModel:
@@ -159,6 +141,36 @@ def rebuild(model: PreTrainedModel, solver: ConfigSolver, kept: Kept, check: Log
             f"{check.difference:.2g}): it derives a constant from a size that was cut"
         )
     raise PlanError(reason)
+
+
+def rebuild_per_layer(
+    model: PreTrainedModel, groups: Groups, solver: ConfigSolver, kept: Kept, check: LogitCheck
+) -> PreTrainedModel:
+    """The cut model, every layer built from its own configuration.
+
+    Raises:
+        PlanError: a family has no field, or the class computes something else.
+    """
+    try:
+        model_class, config = per_layer_target(model, groups, solver, kept)
+        fits = shapes_of(build_on_meta(model_class, config)) == expected_shapes(groups, kept)
+    except PlanError:
+        raise
+    except Exception as error:  # classes raise what they like for sizes they refuse
+        raise PlanError(f"{type(model).__name__} refuses these sizes in single layers: {error}") from error
+    if not fits:
+        raise PlanError(f"{model_class.__name__} builds other shapes than the cut needs")
+    small = load_tensors(model, model_class, config, dict(cut_tensors(model, groups, kept)))
+    try:
+        same = check.same(small)
+    except RuntimeError as error:
+        raise PlanError(f"{model_class.__name__} does not run with widths that differ by layer: {error}") from error
+    if not same:
+        raise PlanError(
+            f"{model_class.__name__} builds the shapes but computes something else (logits differ by "
+            f"{check.difference:.2g}), so widths that differ by layer cannot be saved for it"
+        )
+    return small
 
 
 def load_tensors(
