@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+import zoo
 from families import FAMILIES, make
 from transformers import AutoModelForCausalLM
 
@@ -110,11 +111,24 @@ def test_hidden_norm_statistics_are_those_of_the_units_that_stay():
     assert (sliced - zeroed).abs().max() > 1e-3
 
 
-def test_gemma_hidden_is_refused_because_a_constant_depends_on_it():
-    model = make("gemma2")
+def test_a_scalar_that_the_class_derives_is_folded_into_weights(tmp_path):
+    """Gemma scales embeddings by sqrt(hidden_size); they are tied to the head, so a norm undoes what they take up."""
+    model = make("gemma2", tie_word_embeddings=True).double()
+    reference = Reference(model)
+    plan = random_plan(reference.groups, ["hidden"], share=0.5)
+    small = slice(model, plan, reference.groups)
+    ids = probe_ids(model)
+    assert (plain_logits(small, ids) - reference.logits(ids, plan.kept)).abs().max() < 1e-9
+    small.float().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (plain_logits(again, ids) - plain_logits(small, ids)).abs().max() < 1e-6
+
+
+def test_a_scalar_that_no_weight_can_take_up_is_refused():
+    model = zoo.tiny_model("biogpt")  # learnt positions are added after the scaling
     groups = discover(model)
     with pytest.raises(PlanError, match="derives a constant"):
-        slice(model, random_plan(groups, ["hidden"]), groups)
+        slice(model, random_plan(groups, ["hidden", "attention_head"]), groups)
 
 
 def test_classes_that_tie_families_say_so():

@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from secateur.groups import Groups, Kept
-from secateur.surgery.state import cut_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +32,7 @@ def cut_modules(
     """A copy of `model` with every module cut, and the names of the attributes that had to follow.
 
     Args:
-        accept: whether the logits of a candidate are right; may raise.
+        accept: whether the logits of a candidate are right.
 
     Returns:
         None if no combination of attributes is accepted.
@@ -45,24 +44,27 @@ def cut_modules(
     for chosen in itertools.islice(subsets, MAX_TRIALS):
         for slot, module, old, new in changes:
             setattr(module, slot[1], new if slot in chosen else old)
-        try:
-            if accept(small):
-                return small, tuple(sorted({name for _, name in chosen}))
-        except (RuntimeError, ValueError, TypeError, IndexError):
-            continue  # shapes that do not fit together
+        if accept(small):
+            return small, tuple(sorted({name for _, name in chosen}))
     return None
 
 
 def _copy_with(model: PreTrainedModel, groups: Groups, kept: Kept) -> PreTrainedModel:
-    """A deep copy in which cut tensors replace the originals, which are never duplicated."""
+    """A deep copy with cut tensors in place of the originals (which are never duplicated), without removed layers."""
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     memo: dict[int, Any] = {}
-    for name, tensor in cut_tensors(model, groups, kept):
-        new = tensor.clone()
+    for name, dims in groups.kept_positions(kept).items():
         old = state[name]
+        new = old.detach()
+        for dim, keep in dims.items():
+            new = new.index_select(dim, torch.from_numpy(keep).to(new.device))
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     with torch.no_grad():
-        return copy.deepcopy(model, memo)
+        small = copy.deepcopy(model, memo)
+    for block in reversed(groups.removed_blocks(kept)):
+        blocks, _, number = block.rpartition(".")
+        del small.get_submodule(blocks)[int(number)]  # type: ignore[operator]
+    return small
 
 
 def _candidates(model: PreTrainedModel, groups: Groups, kept: Kept) -> list[tuple[Slot, nn.Module, Any, Any]]:

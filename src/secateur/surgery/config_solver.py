@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # is saved as one of them only if its own class refuses, and only if names, shapes and logits are all the same.
 LENIENT_MODEL_TYPES = ("mistral",)
 MAX_TIED = 3  # families cut together; no class is known that ties more
+MAX_BUILDS = 4000  # models built without weights in search of rules, until what is left counts as not expressible
 UNTIED_KINDS = ("layer", "head_dim")  # layers go one by one; a head's width sets the scale of attention
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -75,14 +76,15 @@ class ConfigSolver:
     Attributes:
         model_class: the class of the model.
         config: its configuration, never changed.
-        accept: whether a rule whose shapes fit also gives the right logits: (rule, share kept) -> bool.
+        accept: for a rule whose shapes fit, the rule with which the logits are right too (weights may have to be
+            scaled), or None: (rule, share kept) -> rule.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         groups: Groups,
-        accept: Callable[[FieldRule, Fraction], bool] = lambda rule, share: True,
+        accept: Callable[[FieldRule, Fraction], FieldRule | None] = lambda rule, share: rule,
         rules: Sequence[FieldRule] = (),
     ) -> None:
         self.model_class = type(model)
@@ -143,7 +145,7 @@ class ConfigSolver:
             PlanError: a family cannot be expressed, or its groups keep different numbers of units.
             Exception: whatever the configuration class raises for sizes it does not accept.
         """
-        rules = self._rules_for(self._shares(kept))
+        rules = self.rules_for(kept)
         layers = {rule: kept[self._families[rule.families[0]][0].name] for rule, _ in rules if rule.follows_layers}
         return rebuilt(config, _changes(config, rules, layers))
 
@@ -202,13 +204,13 @@ class ConfigSolver:
                 shares[family] = share
         return shares
 
-    def _rules_for(self, shares: Mapping[str, Fraction]) -> list[tuple[FieldRule, Fraction]]:
-        """The rules that together cut every family to its share.
+    def rules_for(self, kept: Kept) -> list[tuple[FieldRule, Fraction]]:
+        """The rules that together cut every family to the share of its units that is kept.
 
         Raises:
             PlanError: there are none.
         """
-        left = dict(shares)
+        left = self._shares(kept)
         found = []
         for family in sorted(left, key=lambda f: self.rule(f) is not None):
             if family not in left:
@@ -254,8 +256,8 @@ class ConfigSolver:
                 for rule in candidate_rules(target[1], self.groups, [m[0] for m in members]):
                     if self._shapes(target, rule, share, kept) != wanted:
                         continue
-                    if self.accept(rule, share):
-                        return rule
+                    if accepted := self.accept(rule, share):
+                        return accepted
                     self._misfits.setdefault(families[0], rule.fields)
         return None
 
@@ -269,6 +271,8 @@ class ConfigSolver:
             return None
         key = f"{model_class.__name__} {sorted(changes.items())}"
         if key not in self._built:
+            if len(self._built) >= MAX_BUILDS:
+                return None
             try:
                 self._built[key] = shapes_of(build_on_meta(model_class, rebuilt(config, changes)))
             except Exception:  # a candidate that the class refuses is no error

@@ -11,6 +11,7 @@ import numpy as np
 
 from secateur.groups import Group, Groups
 from secateur.surgery.config_fields import index_lists, numbers, per_layer_lists, unset_numbers
+from secateur.surgery.folding import Fold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,6 +31,7 @@ class FieldRule:
         lists: fields with one entry per layer, from which the entries of removed layers go.
         indices: fields that list numbers of layers.
         prefixes: fields that say how many of the first layers are of a kind.
+        folds: weights to scale, because the class derives a scalar from a field that changes.
     """
 
     families: tuple[str, ...]
@@ -38,6 +40,7 @@ class FieldRule:
     lists: tuple[str, ...] = ()
     indices: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
+    folds: tuple[Fold, ...] = ()
 
     @property
     def follows_layers(self) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.random import Generator
 
 from secateur.discovery import discover
@@ -18,11 +17,12 @@ from secateur.groups import Group
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.slicing import cut, layer_solver
-from secateur.surgery.trial import LogitCheck, is_large, twin
+from secateur.surgery.trial import LogitCheck, trial_subject, with_noise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are represented by a twin
 OFFERED_KINDS = ("ffn_channel", "attention_head", "kv_group", "query_head", "hidden", "layer")
 
 
@@ -103,12 +103,7 @@ def _prove_family(
 
 
 def _subject(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """What the proof runs on: a float64 copy with noise, or a shallow twin."""
-    generator = torch.Generator().manual_seed(seed)
-    subject = twin(model, discover(model)) if is_large(model) else copy.deepcopy(model)
-    subject = subject.to("cpu").double().eval()
-    with torch.no_grad():
-        for parameter in subject.parameters():
-            spread = 0.1 * float(parameter.std()) if parameter.numel() > 1 else 0.0
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * max(spread, 0.05))
-    return subject
+    """What the proof runs on: a float64 copy with noise, or a shallow twin where there are no or too many weights."""
+    if any(p.is_meta for p in model.parameters()) or model.num_parameters() > MAX_OWN_WEIGHTS:
+        return trial_subject(model, discover(model))
+    return with_noise(copy.deepcopy(model), seed)

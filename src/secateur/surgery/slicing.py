@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,9 +23,10 @@ from secateur.plan import PruningPlan
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver, build_on_meta, expected_shapes, shapes_of
 from secateur.surgery.field_rule import FieldRule
+from secateur.surgery.folding import find_folds, fold
 from secateur.surgery.per_layer import is_per_layer, per_layer_target, skeleton, widths_differ
 from secateur.surgery.state import cut_tensors
-from secateur.surgery.trial import LogitCheck, is_large, twin
+from secateur.surgery.trial import LogitCheck, trial_subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -71,31 +75,37 @@ def cut(
     Raises:
         PlanError: no class expresses the cut; found before anything is computed with the model's weights, if possible.
     """
-    solver = solver or layer_solver(model, groups, None if is_large(model) else check.reference)
+    solver = solver or layer_solver(model, groups)
     if is_per_layer(model) or widths_differ(groups, kept):
         return rebuild_per_layer(model, groups, solver, kept, check)
     return rebuild(model, solver, kept, check)
 
 
 def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference | None = None) -> ConfigSolver:
-    """A solver whose rules are proven by logits: on the model itself, or on a shallow twin if it is large."""
-    subject = model
-    if is_large(model):
-        subject, reference = twin(model, groups), None
-    oracle = reference or Reference(subject)
+    """A solver whose rules are proven by logits.
 
-    def accept(rule: FieldRule, share: Fraction) -> bool:
-        members = [g for g in oracle.groups if g.family in rule.families]
-        if any((share * g.units).denominator != 1 for g in members):  # a twin has fewer layers
+    Args:
+        reference: of a float64 model to prove them on; by default `trial_subject` makes one.
+    """
+
+    @cache
+    def oracle() -> Reference:
+        return reference or Reference(trial_subject(model, groups))
+
+    def accept(rule: FieldRule, share: Fraction) -> FieldRule | None:
+        members = [g for g in oracle().groups if g.family in rule.families]
+        if any((share * g.units).denominator != 1 for g in members):  # a shallow twin has fewer layers
             share = Fraction(1, 2)
         kept = {g.name: range(g.units - int(share * g.units), g.units) for g in members}
-        try:
-            rebuild(
-                subject, ConfigSolver(subject, oracle.groups, rules=[rule]), kept, LogitCheck(subject, kept, oracle)
-            )
-        except PlanError:
-            return False
-        return True
+        subject = oracle().model
+        solver = ConfigSolver(subject, oracle().groups, rules=[rule])
+        check = LogitCheck(subject, kept, oracle())
+        for small in candidates(subject, solver, kept):
+            if check.same(small):
+                return rule
+            if math.isfinite(check.difference) and (folds := find_folds(subject, small, share, check.same)):
+                return replace(rule, folds=folds)
+        return None
 
     return ConfigSolver(model, groups, accept)
 
@@ -114,33 +124,49 @@ def rebuild(model: PreTrainedModel, solver: ConfigSolver, kept: Kept, check: Log
     Raises:
         PlanError: there is none.
     """
+    reason = ""
+    for small in candidates(model, solver, kept):
+        if check.same(small):
+            return small
+        reason = f"{type(small).__name__} cannot run with these sizes"
+        if math.isfinite(check.difference):
+            reason = (
+                f"{type(small).__name__} builds the shapes but computes something else (logits differ by "
+                f"{check.difference:.2g}): it derives a constant from a size that was cut"
+            )
+    raise PlanError(reason)
+
+
+def candidates(model: PreTrainedModel, solver: ConfigSolver, kept: Kept) -> Iterator[PreTrainedModel]:
+    """The cut model in every class whose configuration has the cut shapes.
+
+    Raises:
+        PlanError: there is none; says why the model's own class is not.
+    """
     groups = solver.groups
     wanted = expected_shapes(groups, kept)
-    reason = ""
+    reason, found = "", False
     for model_class, config in solver.targets():
         try:
+            rules = solver.rules_for(kept)
             edited = solver.edited(config, kept)
-            if shapes_of(build_on_meta(model_class, edited)) != wanted:
-                reason = f"{model_class.__name__} builds other shapes than the cut needs"
-                continue
+            fits = shapes_of(build_on_meta(model_class, edited)) == wanted
         except PlanError as error:
-            reason = str(error)
+            reason = reason or str(error)
             continue
         except Exception as error:  # configuration classes raise what they like for sizes they refuse
             reason = reason or f"{type(config).__name__} refuses these sizes: {error}"
             continue
-        small = load_tensors(model, model_class, edited, dict(cut_tensors(model, groups, kept)))
-        try:
-            if check.same(small):
-                return small
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:  # sizes that only the forward pass refuses
-            reason = f"{model_class.__name__} cannot run with these sizes: {error}"
+        if not fits:
+            reason = reason or f"{model_class.__name__} builds other shapes than the cut needs"
             continue
-        reason = (
-            f"{model_class.__name__} builds the shapes but computes something else (logits differ by "
-            f"{check.difference:.2g}): it derives a constant from a size that was cut"
-        )
-    raise PlanError(reason)
+        found = True
+        small = load_tensors(model, model_class, edited, dict(cut_tensors(model, groups, kept)))
+        for rule, share in rules:
+            fold(model, small, rule.folds, share)
+        yield small
+    if not found:
+        raise PlanError(reason)
 
 
 def rebuild_per_layer(
@@ -161,13 +187,9 @@ def rebuild_per_layer(
     if not fits:
         raise PlanError(f"{model_class.__name__} builds other shapes than the cut needs")
     small = load_tensors(model, model_class, config, dict(cut_tensors(model, groups, kept)))
-    try:
-        same = check.same(small)
-    except RuntimeError as error:
-        raise PlanError(f"{model_class.__name__} does not run with widths that differ by layer: {error}") from error
-    if not same:
+    if not check.same(small):
         raise PlanError(
-            f"{model_class.__name__} builds the shapes but computes something else (logits differ by "
+            f"{model_class.__name__} builds the shapes but does not run or computes something else (logits differ by "
             f"{check.difference:.2g}), so widths that differ by layer cannot be saved for it"
         )
     return small

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,6 @@ from secateur.surgery.per_layer import is_per_layer, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-MAX_OWN_WEIGHTS = 300_000_000  # parameters; trials on larger models run on a shallow twin
 
 # Largest relative difference (Frobenius norm) of logits that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -46,28 +45,36 @@ class LogitCheck:
         return self.reference.logits(self.ids, self.kept)
 
     def same(self, small: PreTrainedModel) -> bool:
-        """Whether the logits agree to rounding; `difference` is the largest absolute one."""
-        logits = plain_logits(small, self.ids)
+        """Whether the logits agree to rounding; `difference` is the largest absolute one, infinite if it cannot run."""
+        self.difference = float("inf")
+        try:
+            logits = plain_logits(small, self.ids)
+        except Exception:  # sizes that only the forward pass refuses, each class in its own way
+            return False
         self.difference = float((logits - self.wanted).abs().max())
         relative = float((logits - self.wanted).norm() / self.wanted.norm())
         return relative <= self.tolerance
 
 
-def is_large(model: PreTrainedModel) -> bool:
-    """Whether trials run on a twin: there are no weights, or too many to copy for every trial."""
-    return any(p.is_meta for p in model.parameters()) or model.num_parameters() > MAX_OWN_WEIGHTS
+def trial_subject(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
+    """What cuts are tried on: a float64 model of the same class and widths with random weights and few layers.
 
-
-def twin(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
-    """A model of the same class and widths with random float32 weights and few layers: at least two, and as many of the
-    first ones as it takes to have every family.
+    At least two layers, and as many of the first ones as it takes to have every family. A model whose class has no
+    field for the number of layers is copied instead. No parameter is constant, so that no bias or gain goes unnoticed.
 
     Raises:
-        PlanError: the class has no field for the number of layers.
+        PlanError: a model without weights has no field for its layers.
     """
     if is_per_layer(model):
         model = skeleton(model)
         groups = discover(model)
+    subject = _shallow(model, groups)
+    if subject is None and any(p.is_meta for p in model.parameters()):
+        raise PlanError(f"{type(model).__name__} has no field for its number of layers, so no small twin can be tried")
+    return with_noise(copy.deepcopy(model) if subject is None else subject)
+
+
+def _shallow(model: PreTrainedModel, groups: Groups) -> PreTrainedModel | None:
     solver = ConfigSolver(model, groups)
     first = {g.family: g.layer for g in reversed(groups.groups) if g.layer is not None}
     for group in groups:
@@ -75,5 +82,16 @@ def twin(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
             depth = min(max(2, *(layer + 1 for layer in first.values())), group.units)
             config = solver.edited(model.config, {group.name: range(depth)})
             with quiet_transformers():
-                return type(model)._from_config(config, dtype=torch.float32).eval()
-    raise PlanError(f"{type(model).__name__} has no field for its number of layers, so no small twin can be tried")
+                return type(model)._from_config(config, dtype=torch.float32)
+    return None
+
+
+def with_noise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """The model itself, on the CPU in float64 and evaluation mode, with noise on every parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.to("cpu").double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = 0.1 * float(parameter.std()) if parameter.numel() > 1 else 0.0
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * max(spread, 0.05))
+    return model
