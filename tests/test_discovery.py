@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, make
-from transformers import AutoModelForCausalLM, LlamaConfig
+from peft import LoraConfig, get_peft_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 
 from secateur.discovery import discover
 from secateur.discovery.trace import run_trace
@@ -158,3 +159,65 @@ def test_every_operation_of_the_families_has_a_rule():
 def test_import_is_light():
     code = "import secateur, sys; assert 'transformers' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+TINY_MOE = {**FAMILIES["llama"][1], "moe_intermediate_size": 20, "head_dim": 8}
+
+
+def moe(model_type, **sizes):
+    return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**{**TINY_MOE, **sizes})).eval()
+
+
+def test_routers_are_tied_to_their_experts():
+    groups = discover(moe("mixtral", num_local_experts=5, num_experts_per_tok=2))
+    found = members(groups, "model.layers.0.mlp/expert")
+    assert set(found) == {("gate", 0), ("experts", 0)}
+    for index, _ in found.values():
+        np.testing.assert_array_equal(index, np.arange(5)[:, None])
+    channels = groups.named("model.layers.1.mlp.experts/expert_channel")
+    assert {(m.parameter.rsplit(".")[-1], m.dim, m.index.shape[1]) for m in channels.members} == {
+        ("gate_up_proj", 1, 2),
+        ("down_proj", 2, 1),
+    }
+
+
+def test_groups_of_experts_and_shared_experts_and_latents():
+    sizes = {"n_routed_experts": 6, "n_group": 3, "topk_group": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+    mla = {
+        "q_lora_rank": 14,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 10,
+        "head_dim": 4,
+    }
+    groups = discover(moe("deepseek_v3", **sizes, **mla, num_key_value_heads=6))
+    kinds = {g.name.removeprefix("model.layers.1."): g.units for g in groups if g.prunable and g.layer == 1}
+    assert kinds["mlp/expert_group"] == 3 and kinds["mlp/expert"] == 2
+    assert kinds["mlp.shared_experts/ffn_channel"] == 20 and kinds["mlp.experts/expert_channel"] == 20
+    assert kinds["self_attn.q_a_proj/latent"] == 14
+
+
+def test_interleaved_expert_channels():
+    groups = discover(moe("gpt_oss", num_local_experts=5, num_experts_per_tok=2))
+    found = members(groups, "model.layers.0.mlp.experts/expert_channel")
+    assert {dim for _, dim in found} == {1, 2}
+    fused = next(m for m in groups.named("model.layers.0.mlp.experts/expert_channel").members if m.dim == 2)
+    np.testing.assert_array_equal(fused.index[1], [2, 3])
+
+
+def test_state_space_channels():
+    config = CONFIG_MAPPING["mamba"](hidden_size=48, state_size=10, num_hidden_layers=2, vocab_size=131)
+    groups = discover(AutoModelForCausalLM.from_config(config))
+    assert groups.named("backbone.layers.0.mixer/ssm_channel").units == 96
+    assert groups.of_kinds(["latent"])
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapters_are_part_of_the_groups(use_dora):
+    settings = LoraConfig(r=5, target_modules=["q_proj", "down_proj"], rank_pattern={"q_proj": 3}, use_dora=use_dora)
+    groups = discover(get_peft_model(make("llama"), settings).get_base_model())
+    assert groups.named("model.layers.0.mlp.down_proj/lora_rank").units == 5
+    assert groups.named("model.layers.0.self_attn.q_proj/lora_rank").units == 3
+    channels = {m.parameter for m in groups.named("model.layers.0.mlp/ffn_channel").members}
+    assert "model.layers.0.mlp.down_proj.lora_A.default.weight" in channels and groups.named("hidden").prunable

@@ -23,9 +23,9 @@ def build_groups(model: PreTrainedModel, trace: Trace) -> tuple[Groups, dict[str
     groups = [_group_of(structure, leaf, kind, name) for leaf, (kind, name) in names.items()]
     groups += _layer_groups(trace)
     shapes = {name: tuple(a.size for a in axes) for name, axes in structure.stored.items()}
-    groups = [_refuse_unread(g, trace, shapes) for g in groups]
-    groups.sort(key=lambda g: (g.layer is None, g.layer or 0))
     buffers = frozenset(n for n, _ in model.named_buffers() if n in shapes)
+    groups = [_refuse_unread(_refuse_buffers(g, buffers), trace, shapes) for g in groups]
+    groups.sort(key=lambda g: (g.layer is None, g.layer or 0))
     leaf_of = {name: leaf for leaf, (_, name) in names.items()}
     return Groups(tuple(groups), shapes, buffers, _tied(model, shapes)), leaf_of
 
@@ -85,6 +85,8 @@ def _group_of(structure: Structure, leaf: Axis, kind: str, name: str) -> Group:
         if index is not None:
             role = "consumer" if structure.is_contracted((parameter, dim)) else "producer"
             members.append(Member(parameter, dim, index, role))  # type: ignore[arg-type]
+    if kind in ("expert", "expert_group") and not structure.owns_weights(leaf):
+        refusals.append("a router chooses among these units, but the trace does not show which weights belong to each")
     return Group(name, kind, leaf.size, tuple(members), (), tuple(refusals))
 
 
@@ -100,6 +102,13 @@ def _layer_groups(trace: Trace) -> list[Group]:
         for path in outer
         if len(lists[path]) > 1
     ]
+
+
+def _refuse_buffers(group: Group, buffers: frozenset[str]) -> Group:
+    """Units that own no parameter are positions of a table that the model computes for itself."""
+    if group.members and all(m.parameter in buffers for m in group.members):
+        return replace(group, refusals=(*group.refusals, "only buffers lie on it, so nothing trained would go"))
+    return group
 
 
 def _refuse_unread(group: Group, trace: Trace, shapes: dict[str, tuple[int, ...]]) -> Group:

@@ -115,12 +115,23 @@ class Structure:
         if "table" in leaf.hazards:
             return "table"
         if leaf in self.expert_leaves:
-            return "expert"
+            return "expert_group" if self._is_outer_expert(leaf) else "expert"
         if leaf in self.stream:
             return "hidden"
         if self._is_rank(leaf):
             return "lora_rank"
         return self._head_kind(leaf) or self._channel_kind(leaf)
+
+    def _is_outer_expert(self, leaf: Axis) -> bool:
+        """Whether routers first choose this leaf, a group of experts, and then experts within it."""
+        axes = [self.stored[name][dim] for name, dim in self.places[leaf]]
+        return any(len(self.leaves_of(a) & self.expert_leaves) > 1 and next(leaves(a)) is leaf for a in axes)
+
+    def owns_weights(self, leaf: Axis) -> bool:
+        """Whether units of a router's choice have weights of their own: blocks of a dimension, or stacked matrices."""
+        return self.beside(leaf, set(self.places) - self.expert_leaves) or any(
+            len(self.stored[name]) > 2 for name, _ in self.places[leaf]
+        )
 
     def _head_kind(self, leaf: Axis) -> str | None:
         """Heads without softmax and the dimensions within heads."""
@@ -150,7 +161,7 @@ class Structure:
     def _is_rank(self, leaf: Axis) -> bool:
         """Whether the leaf is the bottleneck of two factors that run beside a matrix with the same outer axes."""
         places = self.places[leaf]
-        if len(places) != 2 or any(len(self.stored[name]) != 2 for name, _ in places):
+        if "activated" in leaf.traits or len(places) != 2 or any(len(self.stored[name]) != 2 for name, _ in places):
             return False
         down, up = sorted(places, key=self.is_contracted)
         if self.is_contracted(down) or not self.is_contracted(up):

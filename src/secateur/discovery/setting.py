@@ -64,10 +64,11 @@ class DoublePrecision(TorchDispatchMode):
 
 
 class _PlainCalls(TorchFunctionMode):
-    """Rewrites two calls into operations that work the same with and without data.
+    """Rewrites three calls into operations that can be seen, and work the same with and without data.
 
-    `x[..., [-2], :]` becomes the slice it is (a fake tensor would not know the values of the list), and a one-hot code
-    the comparison it is (with data, it would also check its values).
+    `x[..., [-2], :]` becomes the slice it is (a fake tensor would not know the values of the list), a one-hot code the
+    comparison it is (with data, it would also check its values), and a list of values its single literal positions
+    (it would be read behind the back of every rule).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,6 +79,10 @@ class _PlainCalls(TorchFunctionMode):
             classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
             if classes > 0:
                 return (args[0].unsqueeze(-1) == torch.arange(classes, device=args[0].device)).to(torch.int64)
+        if func is Tensor.tolist and args[0].dim() > 0:
+            return [piece.tolist() for piece in args[0].unbind()]
+        if func is Tensor.tolist:
+            return args[0].item()
         return func(*args, **kwargs)
 
 

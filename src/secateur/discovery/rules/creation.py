@@ -29,13 +29,23 @@ def counting(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 @rule(
-    aten.linspace, aten.logspace, aten.eye, aten.rand, aten.randn, aten.randint, aten.randperm, aten.tril_indices,
+    aten.linspace, aten.logspace, aten.rand, aten.randn, aten.randint, aten.randperm, aten.tril_indices,
     aten.triu_indices, aten.hann_window,
 )  # fmt: skip
 def constant(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Every position has its own value, computed again after a cut: what is tied to it must stay whole."""
     text = f"tied to a constant that {trace.here} makes anew (as rotary, alibi and position codes do)"
     trace.set(out, [Axis(s, [Hazard("constant", text)]) for s in out.shape])
+
+
+@rule(aten.eye)
+def identity(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
+    """A square identity without some rows and the same columns is one again."""
+    if out.shape[0] != out.shape[1]:
+        constant(trace, func, args, kwargs, out)
+        return
+    axis = Axis(out.shape[0])
+    trace.set(out, [axis, axis])
 
 
 @rule(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from secateur.discovery.axes import Axis, Hazard, concatenation, freeze, partition, unify
+from secateur.discovery.axes import Axis, Hazard, concatenation, factorise, freeze, partition, unify
 from secateur.discovery.recorder import Trace, freeze_numbered, rule
 
 aten = torch.ops.aten
@@ -15,21 +15,31 @@ aten = torch.ops.aten
 
 @rule(aten.slice, carries_indices=True)
 def slice_(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-    """`x[..., start:stop]` cuts the axis in up to three; a step other than 1 freezes it."""
+    """`x[..., start:stop]` cuts the axis in up to three, `x[..., start::step]` picks one place in every block."""
     axes = list(trace.dims(args[0]))
     dim = args[1] if len(args) > 1 else 0
     size, length = axes[dim].size, out.shape[dim]
     start = (args[2] if len(args) > 2 else None) or 0
     start = max(start + size, 0) if start < 0 else min(start, size)
     if len(args) > 4 and args[4] != 1:
-        freeze(axes[dim], Hazard("literal", f"{trace.here} takes every {args[4]}th position"))
-        axes[dim] = Axis(length, [Hazard("literal", f"{trace.here} takes every {args[4]}th position")])
+        axes[dim] = _every(trace, axes[dim], start, args[4], length)
     elif length != size:
         sizes = [start, length, size - start - length]
         kept = [s for s in sizes if s]
         pieces = iter(partition(axes[dim], kept, trace.here))
         axes[dim] = [next(pieces) if s else Axis(0) for s in sizes][1]
     trace.set(out, axes)
+
+
+def _every(trace: Trace, axis: Axis, start: int, step: int, length: int) -> Axis:
+    """The axis of `x[start::step]`: the blocks of `step` positions, if it takes one position of each."""
+    if start < step and length * step == axis.size and length > 1:
+        blocks, places = factorise(axis, [length, step], trace.here)
+        partition(places, [1] * step, trace.here)
+        return blocks
+    hazard = Hazard("literal", f"{trace.here} takes every {step}th position")
+    freeze(axis, hazard)
+    return Axis(length, [*axis.find().hazards.values()])
 
 
 @rule(aten.select, carries_indices=True)
