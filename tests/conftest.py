@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="secateur-tests-")  # nothing known from earlier runs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 

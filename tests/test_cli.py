@@ -117,8 +117,11 @@ def test_groups_lists_and_proves(secateur, checkpoint_folder, tmp_path):
     assert code == 0 and "kv_group" in out and "looked up by token" in out
     code, out, _ = secateur("groups", checkpoint_folder, "--verify", "--json", tmp_path / "g.json")
     families = json.loads((tmp_path / "g.json").read_text())["families"]
-    proofs = [f["proof"] for f in families if f["proof"]]
-    assert code == 0 and len(proofs) == 5 and all(p["max_difference"] < 1e-9 for p in proofs)
+    proven = {f["kind"]: f["proof"]["max_difference"] for f in families if f["prunable"]}
+    assert code == 0 and set(proven) == {"ffn_channel", "kv_group", "query_head", "hidden", "layer"}
+    assert all(difference < 1e-9 for difference in proven.values())
+    refused = next(f for f in families if f["kind"] == "value_dim")  # Llama has one width for keys and values
+    assert "no field" in refused["proof"]["reason"]
 
 
 def test_bench_against_dense(secateur, pruned, checkpoint_folder, tmp_path):

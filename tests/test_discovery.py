@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import zoo
 from families import FAMILIES, make
 from peft import LoraConfig, get_peft_model
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
@@ -221,3 +222,8 @@ def test_adapters_are_part_of_the_groups(use_dora):
     assert groups.named("model.layers.0.self_attn.q_proj/lora_rank").units == 3
     channels = {m.parameter for m in groups.named("model.layers.0.mlp/ffn_channel").members}
     assert "model.layers.0.mlp.down_proj.lora_A.default.weight" in channels and groups.named("hidden").prunable
+
+
+def test_as_many_experts_stay_as_the_router_picks():
+    experts = [g for g in discover(zoo.tiny_model("mixtral")).prunable if g.kind == "expert"]
+    assert experts and all(g.units == zoo.EXPERTS and g.at_least == zoo.TOP_K for g in experts)

@@ -89,7 +89,7 @@ def groups(
             how = (
                 f"saved through {', '.join(proof.fields)}" if proof.route == "config" else f"in memory; {proof.reason}"
             )
-            verdict = f"{proof.max_difference:.1e}; {how}" if proof.proven else f"not proven: {proof.reason}"
+            verdict = f"{proof.max_difference:.1e}; {how}" if proof.proven else f"no: {proof.reason}"
         else:
             verdict = "yes" if first.kind in OFFERED_KINDS else "not offered"
         table.add_row(family, str(len(members)), str(first.units), verdict)
@@ -99,7 +99,7 @@ def groups(
                 "kind": first.kind,
                 "groups": len(members),
                 "units": first.units,
-                "prunable": first.prunable and first.kind in OFFERED_KINDS,
+                "prunable": first.prunable and first.kind in OFFERED_KINDS and (proof is None or proof.proven),
                 "refusals": list(first.refusals),
                 "proof": None if proof is None else vars(proof),
             }
@@ -108,8 +108,6 @@ def groups(
     out.print(f"{found.total_parameters:,} parameters")
     if json:
         write_json(json, {"schema": 1, "command": "groups", "model": {"source": model}, "families": rows})
-    if any(not p.proven for p in proofs.values()):
-        raise typer.Exit(1)
 
 
 @app.command()

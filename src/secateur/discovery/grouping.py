@@ -87,7 +87,7 @@ def _group_of(structure: Structure, leaf: Axis, kind: str, name: str) -> Group:
             members.append(Member(parameter, dim, index, role))  # type: ignore[arg-type]
     if kind in ("expert", "expert_group") and not structure.owns_weights(leaf):
         refusals.append("a router chooses among these units, but the trace does not show which weights belong to each")
-    return Group(name, kind, leaf.size, tuple(members), (), tuple(refusals))
+    return Group(name, kind, leaf.size, tuple(members), (), tuple(refusals), structure.at_least(leaf))
 
 
 def _layer_groups(trace: Trace) -> list[Group]:

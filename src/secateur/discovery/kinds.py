@@ -101,6 +101,11 @@ class Structure:
         """The leaves that a router chooses from."""
         return {leaf for leaf in self.places if "chosen" in leaf.traits and "data" not in leaf.hazards}
 
+    def at_least(self, leaf: Axis) -> int:
+        """How many units must stay so that every top-k still finds as many as it takes."""
+        needs = [-(-k * leaf.size // axis.size) for axis, k in self.trace.chosen if leaf in self.leaves_of(axis)]
+        return max([1, *needs])
+
     def beside(self, leaf: Axis, others: Iterable[Axis]) -> bool:
         """Whether the leaf shares a dimension of a parameter with one of `others`."""
         wanted = set(others) - {leaf}

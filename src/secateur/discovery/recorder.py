@@ -78,6 +78,7 @@ class Trace:
         consumed: (parameter, axis) pairs that a contraction sums over.
         softmaxed: (axis reduced over, the other axes) of every softmax.
         paired: (batch axis, inner axis) of every product of two activations.
+        chosen: (axis chosen from, how many are chosen) of every top-k.
         ops: name of every operation, in order.
         unread: parameters the forward pass never touched.
         read: identities of all tensors some operation read.
@@ -90,6 +91,7 @@ class Trace:
     consumed: list[tuple[str, Axis]] = field(default_factory=list)
     softmaxed: list[tuple[Axis, tuple[Axis, ...]]] = field(default_factory=list)
     paired: list[tuple[Axis, Axis]] = field(default_factory=list)
+    chosen: list[tuple[Axis, int]] = field(default_factory=list)
     ops: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     read: set[int] = field(default_factory=set)

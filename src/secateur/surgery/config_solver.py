@@ -7,26 +7,25 @@ also give the right logits. The edits of several families multiply: if `kv_group
 `num_attention_heads`, it shrinks by both shares.
 
 Some classes tie families: GPT-2 has no `head_dim`, so that heads can go only if the hidden dimension shrinks by the
-same share. Such families are found by the same search over two or three families at once.
+same share. What an edit shrinks besides the family one is after tells what the class ties to it (`ties.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups, Kept
 from secateur.surgery.config_fields import kept_entries, kept_indices, rebuilt, values_of
-from secateur.surgery.field_rule import FieldRule, candidate_rules
-from secateur.surgery.state import new_name, renumbering
+from secateur.surgery.field_rule import FieldRule, Findings, candidate_rules
+from secateur.surgery.shapes import Shapes, build_on_meta, expected_shapes, shapes_of
+from secateur.surgery.ties import explaining_families, tie_edits, tie_shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -34,40 +33,10 @@ if TYPE_CHECKING:
 # Stock classes that accept widths which other classes refuse (head counts that do not divide `hidden_size`). A model
 # is saved as one of them only if its own class refuses, and only if names, shapes and logits are all the same.
 LENIENT_MODEL_TYPES = ("mistral",)
-MAX_TIED = 3  # families cut together; no class is known that ties more
-MAX_BUILDS = 4000  # models built without weights in search of rules, until what is left counts as not expressible
-UNTIED_KINDS = ("layer", "head_dim")  # layers go one by one; a head's width sets the scale of attention
+MAX_TIE_EDITS = 250
+MAX_BUILDS = 1500  # models built without weights in search of rules, until what is left counts as not expressible
 
-Shapes = Mapping[str, tuple[int, ...]]
 Target = tuple["type[PreTrainedModel]", "PreTrainedConfig"]
-
-
-def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance without weights.
-
-    Raises:
-        Exception: whatever the class raises for sizes it does not accept.
-    """
-    with quiet_transformers(), torch.device("meta"):
-        return model_class._from_config(copy.deepcopy(config))
-
-
-def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Shape of every entry of the state dict."""
-    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
-
-
-def expected_shapes(groups: Groups, kept: Kept) -> dict[str, tuple[int, ...]]:
-    """Shape of every entry of the cut model's state dict, tied names included."""
-    moved = renumbering(groups, kept)
-    gone = tuple(block + "." for block in groups.removed_blocks(kept))
-    left = {new_name(n, moved): s for n, s in groups.remaining_shapes(kept).items()}
-    tied = {
-        new_name(n, moved): left[new_name(of, moved)]
-        for n, of in groups.tied.items()
-        if not (gone and n.startswith(gone)) and new_name(of, moved) in left
-    }
-    return left | tied
 
 
 class ConfigSolver:
@@ -78,6 +47,8 @@ class ConfigSolver:
         config: its configuration, never changed.
         accept: for a rule whose shapes fit, the rule with which the logits are right too (weights may have to be
             scaled), or None: (rule, share kept) -> rule.
+        findings: what is known so far.
+        on_change: told of the findings when there are more.
     """
 
     def __init__(
@@ -85,51 +56,63 @@ class ConfigSolver:
         model: PreTrainedModel,
         groups: Groups,
         accept: Callable[[FieldRule, Fraction], FieldRule | None] = lambda rule, share: rule,
-        rules: Sequence[FieldRule] = (),
+        known: Findings | None = None,
+        on_change: Callable[[Findings], None] | None = None,
     ) -> None:
         self.model_class = type(model)
         self.config = model.config
         self.groups = groups
         self.accept = accept
+        self.findings = known or Findings()
+        self.on_change = on_change or (lambda findings: None)
         self._families: dict[str, list[Group]] = {}
         for group in groups:
             self._families.setdefault(group.family, []).append(group)
-        self._joint = {frozenset(r.families): r for r in rules if len(r.families) > 1}
-        self._alone: dict[str, FieldRule | None] = {f: None for families in self._joint for f in families}
-        self._alone |= {r.families[0]: r for r in rules if len(r.families) == 1}
-        self._tied: dict[str, FieldRule | None] = {f: r for r in self._joint.values() for f in r.families}
-        self._misfits: dict[str, tuple[str, ...]] = {}
         self._lenient: list[Target] | None = None
+        self._read: dict[int, dict[str, Any]] = {}  # configurations are not hashable; targets live as long as this
         self._built: dict[str, Shapes | None] = {}
 
     def rule(self, family: str) -> FieldRule | None:
         """The rule that cuts a family alone, None if no edit of the configuration does."""
-        if family not in self._alone:
-            self._alone[family] = self._search((family,))
-        return self._alone[family]
-
-    def tied_rule(self, family: str) -> FieldRule | None:
-        """The rule that cuts a family and the fewest others by the same share, None if there is none."""
-        if family not in self._tied:
-            self._tied[family] = None
-            others = [f for f, members in self._families.items() if f != family and self._may_tie(members[0])]
-            others.sort(key=lambda f: self.rule(f) is not None)  # what cannot go alone is the likelier partner
-            for number in range(1, MAX_TIED if self._may_tie(self._families[family][0]) else 1):
-                for partners in itertools.combinations(others, number):
-                    if rule := self.joint_rule((family, *partners)):
-                        self._tied[family] = rule
-                        return rule
-        return self._tied[family]
+        return self.joint_rule((family,))
 
     def joint_rule(self, families: Sequence[str]) -> FieldRule | None:
         """The rule that cuts just these families by the same share, None if there is none."""
         key = frozenset(families)
-        if key not in self._joint and (rule := self._search(tuple(families))):
-            self._joint[key] = rule
-        return self._joint.get(key)
+        if key not in self.findings.rules:
+            self.findings.rules[key] = self._search(tuple(families))
+            self.on_change(self.findings)
+        return self.findings.rules[key]
 
-    def _may_tie(self, group: Group) -> bool:
-        return group.prunable and group.kind not in UNTIED_KINDS
+    def tied_rule(self, family: str) -> FieldRule | None:
+        """The rule that cuts a family and the fewest others by the same share, None if there is none."""
+        if family not in self.findings.ties:
+            self.findings.ties[family] = None
+            for rule, share in self._possible_ties:
+                if family not in rule.families:
+                    continue
+                if accepted := self.accept(rule, share):
+                    self.findings.rules[frozenset(rule.families)] = accepted
+                    self.findings.ties[family] = frozenset(rule.families)
+                    break
+                self.findings.misfits.setdefault(family, rule.fields)
+            self.on_change(self.findings)
+        tied = self.findings.ties[family]
+        return None if tied is None else self.findings.rules[tied]
+
+    @cached_property
+    def _possible_ties(self) -> list[tuple[FieldRule, Fraction]]:
+        """Edits that shrink several families by one share and nothing else, the fewest families first."""
+        found: list[tuple[FieldRule, Fraction]] = []
+        mine = (self.model_class, self.config)
+        edits = list(itertools.islice(tie_edits(self.config, self.groups), MAX_TIE_EDITS))
+        for share in tie_shares(self.groups):
+            for edit in edits:
+                shapes = self._shapes(mine, edit, share, {})
+                families = explaining_families(self.groups, shapes, share) if shapes else ()
+                if len(families) > 1:
+                    found.append((replace(edit, families=families), share))
+        return sorted(found, key=lambda tie: (len(tie[0].families), len(tie[0].pins)))
 
     def targets(self) -> Iterator[Target]:
         """The model's own class and configuration, then lenient classes with the same parameters."""
@@ -147,7 +130,7 @@ class ConfigSolver:
         """
         rules = self.rules_for(kept)
         layers = {rule: kept[self._families[rule.families[0]][0].name] for rule, _ in rules if rule.follows_layers}
-        return rebuilt(config, _changes(config, rules, layers))
+        return rebuilt(config, _changes(self._values(config), rules, layers))
 
     def feasible(self, family: str, count: int) -> bool:
         """Whether some target class can be configured for `count` units in every group of the family.
@@ -170,20 +153,27 @@ class ConfigSolver:
     def refusal(self, family: str) -> str:
         """Why a family cannot be cut alone in every layer."""
         name = type(self.config).__name__
-        if family in self._misfits:
-            return (
-                f"{name} can set the width of {family} ({', '.join(self._misfits[family])}), but the class derives a "
-                "constant from it, so the result would compute something else"
-            )
-        tied = self._tied.get(family)
+        tied = self.findings.ties.get(family)
         if tied is not None:
-            partners = " and ".join(f for f in tied.families if f != family)
-            kinds = ",".join(dict.fromkeys(self._families[f][0].kind for f in tied.families))
+            partners = " and ".join(sorted(tied - {family}))
+            kinds = ",".join(dict.fromkeys(self._families[f][0].kind for f in sorted(tied)))
             return (
                 f"{name} can set the width of {family} only together with {partners}, all by the same share: "
                 f"prune these kinds together (--kinds {kinds})"
             )
+        if family in self.findings.misfits:
+            fields = ", ".join(self.findings.misfits[family])
+            return (
+                f"{name} can set the width of {family} ({fields}), but the class derives a constant from it, so the "
+                "result would compute something else"
+            )
         return f"{name} has no field that sets the width of {family} alone, so no class could load the result"
+
+    def _values(self, config: PreTrainedConfig) -> dict[str, Any]:
+        """Every field of a target's configuration, read once."""
+        if id(config) not in self._read:
+            self._read[id(config)] = values_of(config)
+        return self._read[id(config)]
 
     def _shares(self, kept: Kept) -> dict[str, Fraction]:
         """Family -> share of the units kept in each of its groups, for families that lose any."""
@@ -228,8 +218,8 @@ class ConfigSolver:
         self.tied_rule(family)
         fitting = [
             rule
-            for families, rule in self._joint.items()
-            if family in families and all(shares.get(f) == shares[family] for f in families)
+            for families, rule in self.findings.rules.items()
+            if rule and family in families and all(shares.get(f) == shares[family] for f in families)
         ]
         return max(fitting, key=lambda rule: len(rule.families), default=None)
 
@@ -258,15 +248,15 @@ class ConfigSolver:
                         continue
                     if accepted := self.accept(rule, share):
                         return accepted
-                    self._misfits.setdefault(families[0], rule.fields)
+                    self.findings.misfits.setdefault(families[0], rule.fields)
         return None
 
     def _shapes(self, target: Target, rule: FieldRule, share: Fraction, kept: Kept) -> Shapes | None:
         """What the target class builds after the rule's edit; None if it refuses."""
         model_class, config = target
-        layers = {rule: kept[self._families[rule.families[0]][0].name]}
+        layers = {rule: kept[self._families[rule.families[0]][0].name]} if rule.follows_layers else {}
         try:
-            changes = _changes(config, [(rule, share)], layers)
+            changes = _changes(self._values(config), [(rule, share)], layers)
         except PlanError:
             return None
         key = f"{model_class.__name__} {sorted(changes.items())}"
@@ -302,16 +292,18 @@ class ConfigSolver:
 
 
 def _changes(
-    config: PreTrainedConfig,
+    before: Mapping[str, Any],
     rules: Sequence[tuple[FieldRule, Fraction]],
     layers: Mapping[FieldRule, Sequence[int]],
 ) -> dict[str, Any]:
-    """Field -> new value, when each rule's families keep their share (`layers` for rules that remove whole ones).
+    """Field -> new value, from the old ones, when each rule's families keep their share.
+
+    Args:
+        layers: the layers that stay, for rules that remove some.
 
     Raises:
         PlanError: a field would not stay whole.
     """
-    before = values_of(config)
     pinned: dict[str, Any] = {}
     shares: dict[str, Fraction] = {}
     changed: dict[str, Any] = {}

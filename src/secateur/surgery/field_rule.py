@@ -47,6 +47,28 @@ class FieldRule:
         return bool(self.lists or self.indices or self.prefixes)
 
 
+@dataclass
+class Findings:
+    """What a search brought to light.
+
+    Attributes:
+        rules: families -> the rule that cuts just them, None where there is none.
+        misfits: family -> fields that give it the right shapes but the model another meaning.
+        ties: family -> the fewest families it can be cut with, itself among them, None if there are none.
+    """
+
+    rules: dict[frozenset[str], FieldRule | None] = field(default_factory=dict)
+    misfits: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    ties: dict[str, frozenset[str] | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, rule: FieldRule) -> Findings:
+        """Just one rule; what it ties has none of its own."""
+        alone: dict[frozenset[str], FieldRule | None] = {frozenset([family]): None for family in rule.families}
+        ties: dict[str, frozenset[str] | None] = {family: frozenset(rule.families) for family in rule.families}
+        return cls(alone | {frozenset(rule.families): rule}, ties=ties)
+
+
 def candidate_rules(config: PreTrainedConfig, groups: Groups, cut: Sequence[Group]) -> Iterator[FieldRule]:
     """Rules worth trying for cutting these groups (one of each family) by one share, the smallest edits first."""
     families = tuple(g.family for g in cut)
@@ -57,7 +79,7 @@ def candidate_rules(config: PreTrainedConfig, groups: Groups, cut: Sequence[Grou
     constant = {g.units for g in groups.prunable if g.family not in families and not g.blocks}
     matching = [name for name, value in numbers(config).items() if value in sizes]
     subsets = [s for n in range(min(len(matching), MAX_FIELDS) + 1) for s in itertools.combinations(matching, n)]
-    for pins, scaled in _pins(config, head_widths(groups), sizes, constant):
+    for pins, scaled in _pins(config, groups, sizes, constant):
         for fields in subsets:
             chosen = (*fields, *(name for name in scaled if name not in fields))
             if chosen:
@@ -65,15 +87,20 @@ def candidate_rules(config: PreTrainedConfig, groups: Groups, cut: Sequence[Grou
 
 
 def _pins(
-    config: PreTrainedConfig, heads: set[int], sizes: set[int], constant: set[int]
+    config: PreTrainedConfig, groups: Groups, sizes: set[int], constant: set[int]
 ) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:
     """(values to write for fields the class would derive, those of them that shrink with the cut)."""
     yield {}, ()
-    for width in sorted(heads):
-        yield {"head_dim": width}, ()
     for name in unset_numbers(config):
         yield from (({name: size}, (name,)) for size in sorted(sizes))
-        yield from (({name: size}, ()) for size in sorted(constant))
+    yield from ((pins, ()) for pins in constant_pins(config, groups, constant))
+
+
+def constant_pins(config: PreTrainedConfig, groups: Groups, constant: set[int]) -> Iterator[dict[str, int]]:
+    """Values to write for fields that the class would otherwise derive from those that change."""
+    yield from ({"head_dim": width} for width in sorted(head_widths(groups)))
+    for name in unset_numbers(config):
+        yield from ({name: size} for size in sorted(constant))
 
 
 def _layer_rules(config: PreTrainedConfig, families: tuple[str, ...], layers: int) -> Iterator[FieldRule]:
@@ -81,8 +108,7 @@ def _layer_rules(config: PreTrainedConfig, families: tuple[str, ...], layers: in
     lists = tuple(per_layer_lists(config, layers))
     listed = [name for name in index_lists(config, layers) if name not in lists]
     counts = [name for name, value in numbers(config).items() if 0 < value < layers]
-    subsets = [s for n in range(1, min(len(matching), MAX_FIELDS) + 1) for s in itertools.combinations(matching, n)]
-    for fields in subsets:
+    for fields in [s for n in (1, 2) for s in itertools.combinations(matching, n)]:
         for indices in dict.fromkeys([tuple(listed), ()]):
             for prefixes in [(), *((name,) for name in counts)]:
                 yield FieldRule(families, fields, {}, lists, indices, prefixes)

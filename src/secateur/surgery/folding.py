@@ -93,7 +93,7 @@ def find_folds(
 
 
 def _candidates(model: PreTrainedModel, scalars: Sequence[str]) -> Iterator[tuple[Fold, ...]]:
-    """One weight; or a matrix and a gain that undo each other where the matrix is used twice (tied embeddings)."""
+    """One weight; or an embedding that is the head too, and a gain that undoes there what the embedding takes up."""
     rank = {pattern(n): p.dim() for n, p in model.named_parameters()}
     if len(rank) > MAX_TENSORS:
         return
@@ -104,5 +104,8 @@ def _candidates(model: PreTrainedModel, scalars: Sequence[str]) -> Iterator[tupl
     for power, scalar in factors:
         yield from ((Fold(name, power, False, scalar),) for name in matrices)
         yield from ((Fold(name, power, centred, scalar),) for name, centred in gains)
-    for (power, scalar), matrix, (gain, centred) in itertools.product(factors, matrices, gains):
-        yield Fold(matrix, power, False, scalar), Fold(gain, -power, centred, scalar)
+    entry, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is not None and entry.weight is head.weight:
+        tied = next(pattern(n) for n, p in model.named_parameters() if p is entry.weight)
+        for (power, scalar), (gain, centred) in itertools.product(factors, gains):
+            yield Fold(tied, power, False, scalar), Fold(gain, -power, centred, scalar)

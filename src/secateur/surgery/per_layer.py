@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups, Kept
-from secateur.surgery.config_solver import ConfigSolver, build_on_meta
+from secateur.surgery.config_solver import ConfigSolver
+from secateur.surgery.shapes import build_on_meta
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are represented by a twin
-OFFERED_KINDS = ("ffn_channel", "attention_head", "kv_group", "query_head", "hidden", "layer")
+# What can be pruned where a proof is found. `head_dim` (of queries and keys) sets the scale of attention; `other` is
+# what the structure does not tell.
+OFFERED_KINDS = (
+    "ffn_channel", "attention_head", "kv_group", "query_head", "value_dim", "hidden", "layer", "expert",
+    "expert_channel", "latent", "ssm_channel", "ssm_head", "lora_rank",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,12 @@ from secateur.errors import PlanError
 from secateur.groups import Groups, Kept
 from secateur.plan import PruningPlan
 from secateur.surgery.attributes import cut_modules
-from secateur.surgery.config_solver import ConfigSolver, build_on_meta, expected_shapes, shapes_of
-from secateur.surgery.field_rule import FieldRule
+from secateur.surgery.config_solver import ConfigSolver
+from secateur.surgery.field_rule import FieldRule, Findings
 from secateur.surgery.folding import find_folds, fold
 from secateur.surgery.per_layer import is_per_layer, per_layer_target, skeleton, widths_differ
+from secateur.surgery.rule_cache import RuleCache
+from secateur.surgery.shapes import build_on_meta, expected_shapes, shapes_of
 from secateur.surgery.state import cut_tensors
 from secateur.surgery.trial import LogitCheck, trial_subject
 
@@ -85,8 +87,10 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
     """A solver whose rules are proven by logits.
 
     Args:
-        reference: of a float64 model to prove them on; by default `trial_subject` makes one.
+        reference: of a float64 model to prove them on, whatever is known already; by default `trial_subject` makes one,
+            and what was found out before is taken from disk.
     """
+    cached = None if reference else RuleCache(model, groups)
 
     @cache
     def oracle() -> Reference:
@@ -98,7 +102,7 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
             share = Fraction(1, 2)
         kept = {g.name: range(g.units - int(share * g.units), g.units) for g in members}
         subject = oracle().model
-        solver = ConfigSolver(subject, oracle().groups, rules=[rule])
+        solver = ConfigSolver(subject, oracle().groups, known=Findings.of(rule))
         check = LogitCheck(subject, kept, oracle())
         for small in candidates(subject, solver, kept):
             if check.same(small):
@@ -107,7 +111,9 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
                 return replace(rule, folds=folds)
         return None
 
-    return ConfigSolver(model, groups, accept)
+    if cached is None:
+        return ConfigSolver(model, groups, accept)
+    return ConfigSolver(model, groups, accept, cached.load(), cached.save)
 
 
 def layer_solver(model: PreTrainedModel, groups: Groups, reference: Reference | None = None) -> ConfigSolver:

@@ -21,6 +21,7 @@ def topk(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     axes = trace.dims(args[0])
     chosen_from = axes[dim]
     chosen_from.mark(traits={"chosen"})
+    trace.chosen.append((chosen_from, out[0].shape[dim]))
     trace.reduce([(0, dim)], chosen_from, fill=float("-inf") if largest else float("inf"))
     new = list(axes)
     new[dim] = Axis(out[0].shape[dim], [h for h in chosen_from.find().hazards.values() if h.cause == "data"])

@@ -1,0 +1,46 @@
+"""Shapes of state dicts: what a class builds from a configuration, and what a cut needs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from secateur.discovery.setting import quiet_transformers
+from secateur.groups import Groups, Kept
+from secateur.surgery.state import new_name, renumbering
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """An instance without weights.
+
+    Raises:
+        Exception: whatever the class raises for sizes it does not accept.
+    """
+    with quiet_transformers(), torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(config))
+
+
+def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Shape of every entry of the state dict."""
+    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
+
+
+def expected_shapes(groups: Groups, kept: Kept) -> dict[str, tuple[int, ...]]:
+    """Shape of every entry of the cut model's state dict, tied names included."""
+    moved = renumbering(groups, kept)
+    gone = tuple(block + "." for block in groups.removed_blocks(kept))
+    left = {new_name(n, moved): s for n, s in groups.remaining_shapes(kept).items()}
+    tied = {
+        new_name(n, moved): left[new_name(of, moved)]
+        for n, of in groups.tied.items()
+        if not (gone and n.startswith(gone)) and new_name(of, moved) in left
+    }
+    return left | tied
