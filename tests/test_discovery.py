@@ -157,6 +157,11 @@ def test_every_operation_of_the_families_has_a_rule():
         assert not causes & {"unknown", "layout"}, family
 
 
+def test_the_rules_need_no_model_to_be_imported_first():
+    """Operators of other libraries may be defined later, or never."""
+    subprocess.run([sys.executable, "-c", "import secateur.discovery"], check=True)
+
+
 def test_import_is_light():
     code = "import secateur, sys; assert 'transformers' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -33,6 +33,7 @@ def rule(*ops: Any, carries_indices: bool = False, reads_indices: bool = False) 
     """Register a function as what the tracer learns from these aten operators.
 
     Args:
+        ops: operators; those that another library defines when it is imported, by name (`library.operator`).
         carries_indices: the operators move integers without computing with them, so that the values of the result
             number the same units as those of the first operand.
         reads_indices: the rule itself looks at which units the values of its operands number. With neither, such units
@@ -173,8 +174,8 @@ class Tracer(TorchDispatchMode):
         trace.ops.append(str(func))
         if packet not in CARRIES_INDICES and packet not in READS_INDICES:
             freeze_numbered(trace, tensors)
-        if packet in RULES:
-            RULES[packet](trace, func, args, kwargs, out)
+        if known := RULES.get(packet) or RULES.get(str(packet)):
+            known(trace, func, args, kwargs, out)
         elif torch.Tag.pointwise in func.tags:
             pointwise(trace, tensors, results)
             if packet not in LINEAR:

@@ -73,7 +73,7 @@ def with_vector(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[st
     trace.set(out, a[:-1])
 
 
-@rule(aten._grouped_mm, torch.ops.transformers.grouped_mm_fallback)
+@rule(aten._grouped_mm, "transformers.grouped_mm_fallback")
 def grouped_mm(trace: Trace, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
     """Rows [tokens, in] that are sorted by expert times matrices [experts, in, out], with one offset per expert."""
     a, b = contract(trace, func, args, 0, 1)
