@@ -50,9 +50,9 @@ def unset_numbers(config: PreTrainedConfig, prefix: str = "") -> list[str]:
     return found
 
 
-def per_layer_lists(config: PreTrainedConfig, layers: int) -> list[str]:
+def per_layer_lists(config: PreTrainedConfig, layers: int) -> dict[str, Sequence[Any]]:
     """Lists with one entry for each of so many layers."""
-    return [k for k, v in values_of(config).items() if isinstance(v, list | tuple) and len(v) == layers]
+    return {k: v for k, v in values_of(config).items() if isinstance(v, list | tuple) and len(v) == layers}
 
 
 def index_lists(config: PreTrainedConfig, layers: int) -> list[str]:

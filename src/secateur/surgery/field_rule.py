@@ -105,13 +105,15 @@ def constant_pins(config: PreTrainedConfig, groups: Groups, constant: set[int]) 
 
 def _layer_rules(config: PreTrainedConfig, families: tuple[str, ...], layers: int) -> Iterator[FieldRule]:
     matching = [name for name, value in numbers(config).items() if value == layers]
-    lists = tuple(per_layer_lists(config, layers))
-    listed = [name for name in index_lists(config, layers) if name not in lists]
+    lists = per_layer_lists(config, layers)
+    words = tuple(k for k, v in lists.items() if all(isinstance(entry, str) for entry in v))
+    listed = tuple(name for name in index_lists(config, layers) if name not in lists)
     counts = [name for name, value in numbers(config).items() if 0 < value < layers]
     for fields in [s for n in (1, 2) for s in itertools.combinations(matching, n)]:
-        for indices in dict.fromkeys([tuple(listed), ()]):
+        # numbers may be as many as there are layers by chance
+        for cut, indices in dict.fromkeys([(tuple(lists), listed), (tuple(lists), ()), (words, listed), (words, ())]):
             for prefixes in [(), *((name,) for name in counts)]:
-                yield FieldRule(families, fields, {}, lists, indices, prefixes)
+                yield FieldRule(families, fields, {}, cut, indices, prefixes)
 
 
 def changing_sizes(groups: Groups, group: Group) -> set[int]:

@@ -27,7 +27,7 @@ MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are represented by a 
 # what the structure does not tell.
 OFFERED_KINDS = (
     "ffn_channel", "attention_head", "kv_group", "query_head", "value_dim", "hidden", "layer", "expert",
-    "expert_channel", "latent", "ssm_channel", "ssm_head", "lora_rank",
+    "expert_group", "expert_channel", "latent", "ssm_channel", "ssm_head", "lora_rank",
 )  # fmt: skip
 
 

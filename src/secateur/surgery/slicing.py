@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from fractions import Fraction
@@ -32,6 +33,9 @@ from secateur.surgery.trial import LogitCheck, trial_subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+MAX_FOLD_SEARCHES = 2  # for the same families; a scalar that can be folded shows in the first edits
 
 
 def slice(
@@ -91,6 +95,7 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
             and what was found out before is taken from disk.
     """
     cached = None if reference else RuleCache(model, groups)
+    searches: Counter[tuple[str, ...]] = Counter()
 
     @cache
     def oracle() -> Reference:
@@ -107,7 +112,10 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
         for small in candidates(subject, solver, kept):
             if check.same(small):
                 return rule
-            if math.isfinite(check.difference) and (folds := find_folds(subject, small, share, check.same)):
+            if not math.isfinite(check.difference) or members[0].blocks or searches[rule.families] == MAX_FOLD_SEARCHES:
+                continue
+            searches[rule.families] += 1
+            if folds := find_folds(subject, small, share, check.same):
                 return replace(rule, folds=folds)
         return None
 
