@@ -34,10 +34,12 @@ def random_plan(groups, kinds, share=0.5, seed=0, per_layer=False):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_masked_equals_sliced_for_every_kind(family):
     proofs = prove(make(family))
-    assert proofs
+    assert {p.kind for p in proofs if p.proven} >= {"ffn_channel", "hidden", "layer"}
     for proof in proofs:
-        assert proof.proven, proof
-        assert proof.max_difference < 1e-9, proof
+        if proof.kind == "value_dim" and not proof.proven:  # most classes have one width for queries, keys and values
+            assert "no field" in proof.reason
+        else:
+            assert proof.proven and proof.max_difference < 1e-9, proof
 
 
 NATIVE = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3"]
@@ -178,7 +180,7 @@ def test_widths_that_no_field_says_run_in_memory(family, kind):
     model = make(family)
     groups = discover(model)
     plan = random_plan(groups, [kind], share=0.5, per_layer=True)
-    with pytest.raises(PlanError, match="has no field"):
+    with pytest.raises(PlanError, match="has no field|only together with"):
         slice(model, plan, groups)
     small = slice(model, plan, groups, reloadable=False)
     with mask(model, plan, groups):
@@ -246,5 +248,6 @@ def test_the_twin_stands_in_for_models_without_weights():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(make("llama", num_hidden_layers=5).config)
     proofs = prove(model)
-    assert {p.kind for p in proofs} == {"ffn_channel", "kv_group", "query_head", "hidden", "layer"}
-    assert all(p.route == "config" and p.max_difference < 1e-9 for p in proofs)
+    proven = [p for p in proofs if p.proven]
+    assert {p.kind for p in proven} == {"ffn_channel", "kv_group", "query_head", "hidden", "layer"}
+    assert all(p.route == "config" and p.max_difference < 1e-9 for p in proven)

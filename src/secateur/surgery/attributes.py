@@ -22,7 +22,7 @@ from secateur.groups import Groups, Kept
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_TRIALS = 24
+MAX_TRIALS = 64
 Slot = tuple[str, str]  # (module path with layer numbers replaced by *, attribute)
 
 
