@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="secateur-tests-")  # nothing known from earlier runs
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
@@ -15,6 +13,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_known_from_earlier_runs(tmp_path_factory):
+    """What was found out about model classes is kept for this run of the tests only."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
 
 WORDS = "the old man opened a door and saw his small garden under rain while birds sang of summer".split()  # noqa: SIM905
 

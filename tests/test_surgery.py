@@ -180,7 +180,7 @@ def test_widths_that_no_field_says_run_in_memory(family, kind):
     model = make(family)
     groups = discover(model)
     plan = random_plan(groups, [kind], share=0.5, per_layer=True)
-    with pytest.raises(PlanError, match="has no field|only together with"):
+    with pytest.raises(PlanError, match=r"has no field|only together with"):
         slice(model, plan, groups)
     small = slice(model, plan, groups, reloadable=False)
     with mask(model, plan, groups):

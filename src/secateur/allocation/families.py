@@ -24,8 +24,7 @@ ROUNDED_KINDS = (
     "expert_channel",
     "hidden",
 )  # widths of matrices; head counts gain nothing from rounding
-# Grouped matrix products want rows of whole 16 bytes: 8 numbers in half precision (torch refuses others).
-ALIGNMENT = {"expert_channel": 8}
+GROUPED_ALIGNMENT = 8  # grouped matrix products want rows of whole 16 bytes, 8 numbers in half precision
 
 
 @dataclass(frozen=True)
@@ -148,10 +147,10 @@ def select_families(groups: Groups, scores: Scores | None, kinds: Sequence[str],
             "have; use per-layer output (uniform=False, --per-layer)"
         )
     _check_ratios(groups, limits)
-    return [_family(members, scores, limits) for members in _sets_of_groups(groups, kinds, limits)]
+    return [_family(members, scores, limits, groups) for members in _sets_of_groups(groups, kinds, limits)]
 
 
-def _family(members: list[Group], scores: Scores | None, limits: Limits) -> Family:
+def _family(members: list[Group], scores: Scores | None, limits: Limits, groups: Groups) -> Family:
     steps = math.gcd(*(g.units for g in members))
     scales = tuple(g.units // steps for g in members)
     values = [_checked_scores(g, scores) for g in members]
@@ -159,7 +158,7 @@ def _family(members: list[Group], scores: Scores | None, limits: Limits) -> Fami
     importance = np.sum([v[o].reshape(steps, -1).sum(1) for v, o in zip(values, orders, strict=True)], axis=0)
     counts = np.arange(steps, 0, -1, dtype=np.int64)
     family = Family(members[0].family, tuple(members), scales, counts, tuple(orders), importance)
-    return _with_ratio(replace(family, counts=_allowed_counts(family, limits)), limits)
+    return _with_ratio(replace(family, counts=_allowed_counts(family, limits, groups)), limits)
 
 
 def _sets_of_groups(groups: Groups, kinds: Sequence[str], limits: Limits) -> list[list[Group]]:
@@ -211,17 +210,23 @@ def _protected_blocks(group: Group, limits: Limits) -> IndexArray:
     return units[(units < limits.protect_first) | (units >= group.units - limits.protect_last)]
 
 
-def _allowed_counts(family: Family, limits: Limits) -> IndexArray:
+def _allowed_counts(family: Family, limits: Limits, groups: Groups) -> IndexArray:
     """Counts from all steps down to the fewest that are possible. The class is asked about that one only: there may be
     tens of thousands, and each answer takes it milliseconds."""
     allowed = family.counts >= max(1, max(len(_protected_blocks(g, limits)) for g in family.groups))
     for group, scale in zip(family.groups, family.scales, strict=True):
-        step = math.lcm(limits.round_to if group.kind in ROUNDED_KINDS else 1, ALIGNMENT.get(group.kind, 1))
+        step = math.lcm(limits.round_to if group.kind in ROUNDED_KINDS else 1, _alignment(group, groups))
         allowed &= (family.counts * scale % step == 0) & (family.counts * scale >= group.at_least)
     fewer = family.counts[1:][allowed[1:]].tolist()
     while fewer and not family.expressible(fewer[-1], limits):
         fewer.pop()
     return np.array([family.units, *fewer], dtype=np.int64)
+
+
+def _alignment(group: Group, groups: Groups) -> int:
+    """What the width must be a multiple of: it is that of stacked matrices (those of experts), or any other."""
+    stacked = any(m.dim > 0 and len(groups.shapes[m.parameter]) == 3 for m in group.members)
+    return GROUPED_ALIGNMENT if stacked and group.kind in ROUNDED_KINDS else 1
 
 
 def _checked_scores(group: Group, scores: Scores | None) -> NDArray[np.float64]:
