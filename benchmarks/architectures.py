@@ -48,7 +48,7 @@ from secateur.surgery.slicing import candidates, checked_solver
 from secateur.surgery.trial import LogitCheck, with_noise
 
 FOLDER = Path(__file__).parent / "results" / "architectures"
-TIME_LIMIT = 240  # seconds per model
+TIME_LIMIT = 100  # seconds per model
 HEAD_KINDS = ("kv_group", "attention_head", "query_head")
 CONTROLS = 6  # negative controls per model
 ROUND_TRIP = 1e-5  # largest difference of logits, relative to the largest logit
@@ -71,8 +71,8 @@ def examine(model_type: str) -> dict[str, Any]:
         found |= {"traced": True, **discovery(model)}
         proofs = prove(model)
         found["proofs"] = [vars(p) for p in proofs]
-        found["controls"] = dict(zip(("caught", "total"), controls(model, proofs), strict=True))
         found["round_trip"] = round_trip(model)
+        found["controls"] = dict(zip(("caught", "total"), controls(model, proofs), strict=True))
     except SecateurError as error:
         found |= {"traced": "families" in found, "reason": str(error)}
     return found | {"seconds": round(time.perf_counter() - began, 1)}
@@ -83,7 +83,7 @@ def discovery(model: PreTrainedModel) -> dict[str, Any]:
     trace = run_trace(model, fake=False)
     groups, _ = build_groups(model, trace)
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model.config))
+        skeleton = type(model)._from_config(copy.deepcopy(model.config))
     try:
         same: bool | str = identical(groups, discover(skeleton))
     except SecateurError as error:
@@ -127,7 +127,7 @@ def controls(model: PreTrainedModel, proofs: list[Proof], seed: int = 0) -> tupl
     generator = np.random.default_rng(seed)
     subject = with_noise(copy.deepcopy(model))
     reference = Reference(subject)
-    solver = checked_solver(subject, reference.groups, reference)
+    solver = checked_solver(model, discover(model))
     proven = [p for p in proofs if p.proven and p.kind != "layer"]
     caught = tried = 0
     for i in generator.permutation(len(proven))[:CONTROLS]:

@@ -12,7 +12,7 @@ from numpy.random import Generator
 
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
-from secateur.errors import PlanError
+from secateur.errors import DiscoveryError, PlanError
 from secateur.groups import Group
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
@@ -96,6 +96,10 @@ def _prove_family(
     }
     check = LogitCheck(model, kept, reference)
     facts = (group.kind, group.family, len(members), group.units, count)
+    try:
+        _ = check.wanted
+    except DiscoveryError as error:  # what the model runs depends on values, and so on the units that are there
+        return Proof(*facts, None, "none", reason=str(error))
     try:
         cut(model, reference.groups, kept, check, solver)
         return Proof(*facts, check.difference, "config", (*rule.fields, *rule.pins) if rule else (), tied)

@@ -10,7 +10,7 @@ import torch
 
 from secateur.discovery.setting import quiet_transformers
 from secateur.groups import Groups, Kept
-from secateur.surgery.state import new_name, renumbering
+from secateur.surgery.state import new_name, renumbering, tied_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,11 +36,6 @@ def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 def expected_shapes(groups: Groups, kept: Kept) -> dict[str, tuple[int, ...]]:
     """Shape of every entry of the cut model's state dict, tied names included."""
     moved = renumbering(groups, kept)
-    gone = tuple(block + "." for block in groups.removed_blocks(kept))
     left = {new_name(n, moved): s for n, s in groups.remaining_shapes(kept).items()}
-    tied = {
-        new_name(n, moved): left[new_name(of, moved)]
-        for n, of in groups.tied.items()
-        if not (gone and n.startswith(gone)) and new_name(of, moved) in left
-    }
+    tied = {name: left[of] for name, of in tied_names(groups, kept).items()}
     return left | tied

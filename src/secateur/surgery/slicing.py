@@ -28,7 +28,7 @@ from secateur.surgery.folding import find_folds, fold
 from secateur.surgery.per_layer import is_per_layer, per_layer_target, skeleton, widths_differ
 from secateur.surgery.rule_cache import RuleCache
 from secateur.surgery.shapes import build_on_meta, expected_shapes, shapes_of
-from secateur.surgery.state import cut_tensors
+from secateur.surgery.state import cut_tensors, tied_names
 from secateur.surgery.trial import LogitCheck, trial_subject
 
 if TYPE_CHECKING:
@@ -175,7 +175,9 @@ def candidates(model: PreTrainedModel, solver: ConfigSolver, kept: Kept) -> Iter
             reason = reason or f"{model_class.__name__} builds other shapes than the cut needs"
             continue
         found = True
-        small = load_tensors(model, model_class, edited, dict(cut_tensors(model, groups, kept)))
+        small = load_tensors(
+            model, model_class, edited, dict(cut_tensors(model, groups, kept)), tied_names(groups, kept)
+        )
         for rule, share in rules:
             fold(model, small, rule.folds, share)
         yield small
@@ -200,7 +202,7 @@ def rebuild_per_layer(
         raise PlanError(f"{type(model).__name__} refuses these sizes in single layers: {error}") from error
     if not fits:
         raise PlanError(f"{model_class.__name__} builds other shapes than the cut needs")
-    small = load_tensors(model, model_class, config, dict(cut_tensors(model, groups, kept)))
+    small = load_tensors(model, model_class, config, dict(cut_tensors(model, groups, kept)), tied_names(groups, kept))
     if not check.same(small):
         raise PlanError(
             f"{model_class.__name__} builds the shapes but does not run or computes something else (logits differ by "
@@ -214,14 +216,24 @@ def load_tensors(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
     tensors: Mapping[str, Tensor],
+    tied: Mapping[str, str],
 ) -> PreTrainedModel:
-    """A `model_class` with copies of these tensors, on the device, in the dtype and in the mode of `model`."""
+    """A `model_class` with copies of these tensors, on the device, in the dtype and in the mode of `model`.
+
+    Args:
+        tied: further names of parameters -> the name they have in `tensors`.
+    """
     # Buffers that the class computes itself are float32 in a float64 model too, as where the weights were loaded.
     dtype = torch.float32 if model.dtype == torch.float64 else model.dtype
     with quiet_transformers(), init_empty_weights(include_buffers=False):
         small = model_class._from_config(copy.deepcopy(config), dtype=dtype)
-    small.load_state_dict({n: t.detach().clone() for n, t in tensors.items()}, strict=False, assign=True)
+    state = {n: t.detach().clone() for n, t in tensors.items()}
+    state |= {name: state[of] for name, of in tied.items()}
+    small.load_state_dict(state, strict=False, assign=True)
     small.tie_weights()
+    for name, other in tied.items():  # what a class ties only where its weights are made
+        path, _, attribute = name.rpartition(".")
+        setattr(small.get_submodule(path), attribute, small.get_parameter(other))
     small.to(model.device)
     if model.dtype == torch.float64:
         small.double()

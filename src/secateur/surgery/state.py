@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -49,7 +48,12 @@ def cut_tensors(model: PreTrainedModel, groups: Groups, kept: Kept) -> Iterator[
         yield new_name(name, moved), tensor
 
 
-def layer_number(path: str) -> int | None:
-    """The first number in a module path."""
-    found = re.search(r"\.(\d+)(?=\.|$)", path)
-    return int(found.group(1)) if found else None
+def tied_names(groups: Groups, kept: Kept) -> dict[str, str]:
+    """Further names of each parameter of the cut model -> the name it is listed under."""
+    moved = renumbering(groups, kept)
+    gone = tuple(block + "." for block in groups.removed_blocks(kept))
+    return {
+        new_name(name, moved): new_name(of, moved)
+        for name, of in groups.tied.items()
+        if not (gone and (name.startswith(gone) or of.startswith(gone)))
+    }
