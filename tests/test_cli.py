@@ -238,7 +238,7 @@ def test_bad_input_is_one_clear_line_and_writes_nothing(secateur, checkpoint_fol
     assert "Traceback" not in err and [f.name for f in tmp_path.iterdir()] == ["in"]
 
 
-@pytest.mark.parametrize("what", ["empty folder", "missing", "truncated", "encoder", "pickle"])
+@pytest.mark.parametrize("what", ["empty folder", "missing", "truncated", "encoder", "pickle", "quantised"])
 def test_bad_models(secateur, checkpoint_folder, tmp_path, what):
     model = tmp_path / "m"
     if what == "encoder":
@@ -249,6 +249,10 @@ def test_bad_models(secateur, checkpoint_folder, tmp_path, what):
         weights.write_bytes(weights.read_bytes()[:4000])
         if what == "pickle":
             weights.rename(model / "pytorch_model.bin")
+    elif what == "quantised":
+        shutil.copytree(checkpoint_folder, model)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
     elif what == "empty folder":
         model.mkdir()
     output = tmp_path / "out"

@@ -136,6 +136,11 @@ def _config(place: Path | str, trust_remote_code: bool) -> PreTrainedConfig:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         hint = "; pass --trust-remote-code to run its own code" if "trust_remote_code" in str(error) else ""
         raise CheckpointError(f"cannot read the configuration of {place}: {_first_line(error)}{hint}") from error
+    if getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"{place} is quantised, and packed weights cannot be cut; prune the float checkpoint it was made from, "
+            "then quantise the result"
+        )
     heads = config.architectures or []
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     generative = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or remote

@@ -94,7 +94,7 @@ class Taylor:
         names = list(wanted)
         shares = _shares(batches)
         parameters = dict(model.named_parameters())
-        for start in range(CHUNKS):
+        for start in range(min(CHUNKS, len(names))):
             chunk = names[start::CHUNKS]
             first: dict[str, Tensor] = {}
             fisher: dict[str, Tensor] = {}

@@ -30,7 +30,8 @@ class RecoverySettings:
         rank: of the LoRA factors.
         alpha: numerator of the LoRA scale `alpha / rank`.
         dropout: on the adapters' input.
-        targets: module names; None adapts every linear module but the output head.
+        targets: module names; None adapts every linear module but the output head (experts stacked in one parameter
+            are none).
         learning_rate: peak, after a linear warm-up; falls linearly to 0.
         epochs: passes over the data, unless `steps` says otherwise.
         steps: optimizer steps.
@@ -108,11 +109,12 @@ def recover(
     output = Path(output)
     examples = training_examples(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
     head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
+    targets = list(settings.targets) if settings.targets else linear_modules(model)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets) if settings.targets else "all-linear",
+        target_modules=targets,
         exclude_modules=None if settings.targets else head,
         task_type="CAUSAL_LM",
     )
@@ -129,6 +131,19 @@ def recover(
     merged = adapted.merge_and_unload()
     merged.config.use_cache = model.config.use_cache
     return RecoveryResult(merged.eval(), adapter, list(trainer.state.log_history), round(seconds, 3))
+
+
+def linear_modules(model: PreTrainedModel) -> list[str]:
+    """Last names of all linear modules but the output head.
+
+    peft's "all-linear" means the same, but for mixtures of experts also the stacked matrices of experts, which take no
+    dropout.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    linear = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head)
+    return sorted({name.rpartition(".")[2] for name in linear})
 
 
 def _trainer(
