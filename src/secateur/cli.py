@@ -226,12 +226,23 @@ def recover(
     data: Annotated[list[str], typer.Option(help="Corpus name or file; instructions or plain text; may be repeated.")],
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     alpha: Annotated[int | None, typer.Option(help="LoRA alpha.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Module names to adapt, with commas; default: all linear.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
     micro_batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    train_on_inputs: Annotated[
+        bool | None, typer.Option("--train-on-inputs", help="Learn the prompts of instructions, too.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory.")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the texts.")] = None,
     field: Field = None,
     text: Text = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training checkpoint.")] = False,
@@ -252,12 +263,17 @@ def recover(
                 "data": data,
                 "rank": rank,
                 "alpha": alpha,
+                "dropout": dropout,
+                "targets": targets.split(",") if targets else None,
                 "epochs": epochs,
                 "steps": steps,
                 "learning_rate": learning_rate,
                 "batch_size": batch_size,
                 "micro_batch_size": micro_batch_size,
                 "seq_len": seq_len,
+                "train_on_inputs": train_on_inputs,
+                "gradient_checkpointing": gradient_checkpointing,
+                "eval_every": eval_every,
                 "field": field,
             },
             "evaluation": {"texts": text},

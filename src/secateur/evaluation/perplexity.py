@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.data import Corpus
 from secateur.errors import DataError, NonFiniteError
+from secateur.importance.streaming import broken_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -95,7 +96,8 @@ def perplexity(
         model.train(training)
     loss = total / count
     if not math.isfinite(loss):
-        raise NonFiniteError(f"the loss on {corpus.source} is {loss}: the model's weights or dtype are broken")
+        cause = broken_parameter(model) or "the weights are finite, so the dtype is too narrow for this model"
+        raise NonFiniteError(f"the loss on {corpus.source} is {loss}: {cause}")
     dtype = str(model.dtype).removeprefix("torch.")
     return Perplexity(math.exp(min(loss, 700.0)), loss, count, seq_len, stride, bos, corpus.name, corpus.sha256, dtype)
 

@@ -51,8 +51,16 @@ def backward(
             ids = batch.to(model.device)
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             if not torch.isfinite(loss):
-                raise NonFiniteError(f"the loss on calibration batch {number} is {float(loss)}; check data and dtype")
+                cause = broken_parameter(model) or "the weights are finite, so check the calibration data and the dtype"
+                raise NonFiniteError(f"the loss on calibration batch {number} is {float(loss)}: {cause}")
             (loss * (weights[number] if weights else 1.0)).backward()
+
+
+def broken_parameter(model: PreTrainedModel) -> str | None:
+    """Which parameter holds NaN or infinite values, as the cause of a broken loss; None if all are finite."""
+    names = (n for n, p in model.named_parameters() if not torch.isfinite(p).all())
+    name = next(names, None)
+    return name and f"{name} holds values that are NaN or infinite"
 
 
 @contextmanager
