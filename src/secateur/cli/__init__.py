@@ -1,0 +1,41 @@
+"""The command line: reads flags, calls the pipeline, prints tables. Exit code 0 done, 2 wrong input, 1 a defect."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from secateur.cli.change import prune, recover
+from secateur.cli.common import out
+from secateur.cli.inspect import bench, eval_, groups
+from secateur.cli.recipes import demo, recipes_app, run
+from secateur.errors import SecateurError
+
+__all__ = ["app", "main", "out"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a large language model smaller and faster by cutting whole structures out of it.",
+)
+app.command()(groups)
+app.command()(prune)
+app.command()(recover)
+app.command(name="eval")(eval_)
+app.command()(bench)
+app.command()(run)
+app.add_typer(recipes_app, name="recipes")
+app.command()(demo)
+
+
+def main() -> None:
+    """Entry point of the `secateur` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except SecateurError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,195 @@
+"""Verbs that make a smaller or better model: prune, recover."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.cli.common import (
+    Device,
+    Dtype,
+    Field,
+    Model,
+    Output,
+    Overwrite,
+    Seed,
+    Text,
+    Trust,
+    out,
+    print_results,
+    recipe_of,
+)
+
+
+def prune(
+    model: Model,
+    output: Output,
+    sparsity: Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = None,
+    method: Annotated[str | None, typer.Option(help="llm-pruner")] = None,
+    mode: Annotated[str | None, typer.Option(help="block-wise, channel-wise or layer-wise")] = None,
+    kinds: Annotated[
+        str | None,
+        typer.Option(help="Kinds to prune instead of the mode's; KIND=SHARE removes that share of its units: "
+                     "ffn_channel,kv_group=0.25"),
+    ] = None,
+    criterion: Annotated[str | None, typer.Option(help="random, l1, l2, taylor-vector, -1, -2 or -mixed")] = None,
+    reduction: Annotated[str | None, typer.Option(help="sum, mean, max, prod or first")] = None,
+    ranking: Annotated[str | None, typer.Option(help="local or global")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Steps over which sparsity grows, scores refreshed.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="Corpus name or text file.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
+    field: Field = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations while scoring: less memory.")
+    ] = None,
+    layer_choice: Annotated[
+        str | None, typer.Option(help="For layer-wise: importance, or first (keep the first ones).")
+    ] = None,
+    uniform: Annotated[bool, typer.Option("--uniform/--per-layer", help="The same widths in every layer.")] = True,
+    round_to: Annotated[int | None, typer.Option(help="Make channel counts multiples of this.")] = None,
+    protect_first: Annotated[int | None, typer.Option(help="Layers at the start to leave whole.")] = None,
+    protect_last: Annotated[int | None, typer.Option(help="Layers at the end to leave whole.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Replay this plan instead of scoring.")] = None,
+    text: Text = None,
+    recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Recovery data; may be repeated.")] = None,
+    no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Remove a share of the parameters and write a smaller checkpoint."""
+    from secateur import pipeline
+    from secateur.errors import BudgetError
+
+    names, ratios = _kinds(kinds)
+    if sparsity is None and plan is None and not (names and set(names) == set(ratios)):
+        raise BudgetError("say how much to remove (--sparsity 0.2) or replay a plan (--plan plan.json)")
+    recipe = recipe_of(
+        model,
+        {
+            "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
+            "method": {"name": method},
+            "prune": {
+                "param_sparsity": sparsity,
+                "mode": mode,
+                "kinds": names or None,
+                "kind_ratios": ratios or None,
+                "criterion": criterion,
+                "reduction": reduction,
+                "ranking": ranking,
+                "iterations": iterations,
+                "gradient_checkpointing": gradient_checkpointing,
+                "layer_choice": layer_choice,
+                "uniform": uniform,
+                "round_to": round_to,
+                "protect_first": protect_first,
+                "protect_last": protect_last,
+                "calibration": {
+                    k: v
+                    for k, v in {
+                        "source": calibration,
+                        "field": field,
+                        "samples": samples,
+                        "seq_len": seq_len,
+                    }.items()
+                    if v is not None
+                },
+            },
+            "evaluation": {"texts": text},
+            **({"recovery": {"data": data, "steps": recover_steps}} if recover_steps and not no_recover else {}),
+        },
+        seed,
+    )
+    results = (
+        pipeline.prune_and_recover(recipe, output, plan=plan, overwrite=overwrite)
+        if recipe.recovery is not None
+        else pipeline.prune(recipe, output, plan=plan, overwrite=overwrite)
+    )
+    print_results(results)
+    out.print(f"written to {output}")
+
+
+def _kinds(text: str | None) -> tuple[list[str], dict[str, float]]:
+    """`a,b=0.25` -> ([a, b], {b: 0.25})."""
+    from secateur.errors import BudgetError
+
+    names, ratios = [], {}
+    for part in filter(None, (text or "").split(",")):
+        name, equals, share = part.partition("=")
+        names.append(name)
+        if equals:
+            try:
+                ratios[name] = float(share)
+            except ValueError as error:
+                raise BudgetError(f"--kinds {part}: {share!r} is no number; write {name}=0.25") from error
+    return names, ratios
+
+
+def recover(
+    model: Model,
+    output: Output,
+    data: Annotated[list[str], typer.Option(help="Corpus name or file; instructions or plain text; may be repeated.")],
+    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
+    alpha: Annotated[int | None, typer.Option(help="LoRA alpha.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Module names to adapt, with commas; default: all linear.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
+    micro_batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
+    train_on_inputs: Annotated[
+        bool | None, typer.Option("--train-on-inputs", help="Learn the prompts of instructions, too.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory.")
+    ] = None,
+    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the texts.")] = None,
+    field: Field = None,
+    text: Text = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training checkpoint.")] = False,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Recover a pruned checkpoint with LoRA; writes the merged model and the adapter."""
+    from secateur import pipeline
+
+    recipe = recipe_of(
+        model,
+        {
+            "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
+            "recovery": {
+                "data": data,
+                "rank": rank,
+                "alpha": alpha,
+                "dropout": dropout,
+                "targets": targets.split(",") if targets else None,
+                "epochs": epochs,
+                "steps": steps,
+                "learning_rate": learning_rate,
+                "batch_size": batch_size,
+                "micro_batch_size": micro_batch_size,
+                "seq_len": seq_len,
+                "train_on_inputs": train_on_inputs,
+                "gradient_checkpointing": gradient_checkpointing,
+                "eval_every": eval_every,
+                "field": field,
+            },
+            "evaluation": {"texts": text},
+        },
+        seed,
+    )
+    print_results(pipeline.recover_checkpoint(recipe, model, output, resume=resume, overwrite=overwrite))
+    out.print(f"written to {output}")

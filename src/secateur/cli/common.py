@@ -1,0 +1,51 @@
+"""What the verbs share: flags, the recipe made from them, and the table of results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+out = Console()
+
+Model = Annotated[str, typer.Argument(help="Hub name or folder of a causal language model.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder if it is not empty.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Text = Annotated[list[str] | None, typer.Option("--text", help="Corpus name or text file; may be repeated.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; as stored if not given.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Field = Annotated[str | None, typer.Option(help="Field of JSON rows that holds the text; `text` if not given.")]
+
+
+def recipe_of(model: str, sections: dict[str, dict[str, Any]], seed: int = 42) -> Any:
+    """A recipe from flags; flags not given keep the recipe's defaults."""
+    from secateur.config import parse_recipe
+
+    given = {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
+    given["model"] = {"source": model, **given.get("model", {})}
+    return parse_recipe({**given, "seed": seed})
+
+
+def print_results(results: dict[str, Any]) -> None:
+    """The table of a prune, recover or run command."""
+    params = results["params"]
+    if "dense" in params:
+        share = f"{params['sparsity']:.2%} of all parameters removed"
+        out.print(f"{params['dense']:,} -> {params['pruned']:,} parameters ({share})")
+    stages = [s for s in ("dense", "pruned", "recovered") if any(s in p for p in results["perplexity"].values())]
+    if stages:
+        table = Table("perplexity", "tokens", "length", *stages)
+        for name, p in results["perplexity"].items():
+            figures = [f"{p[s]:.3f}" if s in p else "" for s in stages]
+            table.add_row(name, str(p["tokens"]), str(p["seq_len"]), *figures)
+        out.print(table)
+    for family, reason in results.get("left_whole", {}).items():
+        out.print(f"left whole: {family}: {reason}", soft_wrap=True)
+    if "parity" in results:
+        out.print(f"reloaded with from_pretrained: logits differ by {results['parity']['max_logit_difference']:.1e}")

@@ -1,0 +1,67 @@
+"""Verbs of whole jobs: run, recipes, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from secateur.cli.common import Overwrite, out, print_results
+
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with Secateur.")
+
+
+def run(
+    recipe: Annotated[str, typer.Argument(help="Recipe file, or the name of a recipe that ships with Secateur.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for example prune.param_sparsity=0.3")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("run"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Run a recipe from start to end."""
+    from secateur import pipeline
+    from secateur.config import load_recipe
+
+    print_results(pipeline.run_recipe(load_recipe(recipe, overrides or []), output, resume=resume, overwrite=overwrite))
+    out.print(f"run folder: {output}")
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """Names of all recipes."""
+    from secateur.config import list_recipes
+
+    for name in list_recipes():
+        print(name)
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument()]) -> None:
+    """Print a recipe."""
+    from secateur.config import recipe_text
+
+    print(recipe_text(name), end="")
+
+
+@recipes_app.command("validate")
+def recipes_validate(
+    file: Annotated[str, typer.Argument()],
+    overrides: Annotated[list[str] | None, typer.Argument()] = None,
+) -> None:
+    """Check a recipe without running it."""
+    from secateur.config import load_recipe
+
+    load_recipe(file, overrides or [])
+    print(f"{file}: valid")
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("demo-run"),
+) -> None:
+    """Prune and recover the bundled model by 20 % and 50 %, and show what it costs."""
+    from secateur.demo import run_demo
+
+    run_demo(output, out)
