@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import zoo
 from architectures import FOLDER, ROUND_TRIP
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
@@ -72,7 +73,7 @@ def summary(results: list[Result]) -> list[str]:
     trips = [r for r in traced if r.get("round_trip", {}).get("ok")]
     together = [r for r in trips if len(r["round_trip"]["kinds"]) >= 3]
     lines = [
-        f"- {len(results)} model types; {len(built)} instantiated, {len(traced)} traced "
+        f"- {len(results)} of {len(zoo.model_types())} model types examined; {len(built)} instantiated, {len(traced)} traced "
         f"({sum(r['unknown_operations'] == 0 for r in traced)} without an unknown operation).",
         f"- Discovery without data (a model on the meta device) gives the same groups as with weights on "
         f"{sum(r['without_data_the_same'] is True for r in traced)}.",

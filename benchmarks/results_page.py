@@ -105,8 +105,31 @@ def scoring_cost() -> list[str]:
     return lines
 
 
+def discovery_speed() -> list[str]:
+    """Seconds and memory of discovery."""
+    lines = []
+    for data in results("discovery_speed.json"):
+        lines += [
+            "## How long discovery takes",
+            "",
+            f"`benchmarks/discovery_speed.py`: models on the meta device, {data['protocol']['threads']} thread(s), the",
+            f"fastest of {data['protocol']['repetitions']}; memory is beyond the imports.",
+            "",
+            "| model | parameters | prunable groups | seconds | memory | milliseconds per layer |",
+            "| --- | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for r in data["rows"]:
+            lines.append(
+                f"| {r['model']} | {r['parameters']:,} | {r['groups']} | {r['seconds']:.2f} | "
+                f"{r['memory_bytes'] / 2**20:.0f} MiB | {1000 * r['seconds'] / r['layers']:.0f} |"
+            )
+        lines.append("")
+    return lines
+
+
 def main() -> None:
-    PAGE.write_text("\n".join([HEAD, *criteria(), *leave_one_out(), *scoring_cost()]).rstrip() + "\n")
+    lines = [HEAD, *criteria(), *leave_one_out(), *scoring_cost(), *discovery_speed()]
+    PAGE.write_text("\n".join(lines).rstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -295,6 +295,11 @@ def write(
     (folder / "README.md").write_text(model_card(model, results or {}, base), encoding="utf-8")
 
 
+def _brings_its_code(model: PreTrainedModel) -> bool:
+    """Whether the class came with a checkpoint, so that the user allowed its code to run when it was loaded."""
+    return type(model).__module__.startswith("transformers_modules.")
+
+
 def verify_reload(folder: Path, model: PreTrainedModel) -> float:
     """Load `folder` with transformers' AutoModel and return the largest difference of logits from `model`.
 
@@ -305,7 +310,10 @@ def verify_reload(folder: Path, model: PreTrainedModel) -> float:
 
     try:
         with quiet_transformers():
-            again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device).eval()
+            again = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=model.dtype, trust_remote_code=_brings_its_code(model)
+            )
+            again.to(model.device).eval()
     except Exception as error:  # whatever the class raises, the user must not be left with this folder
         raise CheckpointError(f"the checkpoint just written does not load: {_first_line(error)}") from error
     ids = torch.arange(32, device=model.device).remainder(model.get_input_embeddings().weight.shape[0])[None]
