@@ -73,8 +73,8 @@ def summary(results: list[Result]) -> list[str]:
     trips = [r for r in traced if r.get("round_trip", {}).get("ok")]
     together = [r for r in trips if len(r["round_trip"]["kinds"]) >= 3]
     lines = [
-        f"- {len(results)} of {len(zoo.model_types())} model types examined; {len(built)} instantiated, {len(traced)} traced "
-        f"({sum(r['unknown_operations'] == 0 for r in traced)} without an unknown operation).",
+        f"- {len(results)} of {len(zoo.model_types())} model types examined; {len(built)} instantiated, "
+        f"{len(traced)} traced ({sum(r['unknown_operations'] == 0 for r in traced)} without an unknown operation).",
         f"- Discovery without data (a model on the meta device) gives the same groups as with weights on "
         f"{sum(r['without_data_the_same'] is True for r in traced)}.",
         f"- Negative controls: {caught} of {total} slices moved by one unit were caught"
