@@ -1,33 +1,51 @@
-"""A fixed sample of all architectures, examined as the whole sweep does it: nothing wrong is offered."""
+"""A fixed sample of the architectures that `benchmarks/architectures.py` runs over."""
 
+import architecture_checks
+import architectures_page
+import numpy as np
 import pytest
 import zoo
-from architectures import controls, discovery, quiet, round_trip
 
+from secateur.discovery import discover
 from secateur.surgery import prove
 
-# what no dense decoder has: experts in several layouts, latent attention, state spaces, encoders, scalars to fold
-SAMPLE = ["bert", "codegen", "deepseek_v3", "falcon_h1", "gemma3_text", "gpt_oss", "mamba", "mixtral", "qwen3_moe"]
-CORE = {"ffn_channel", "attention_head", "kv_group", "query_head", "hidden", "layer", "expert", "expert_channel"}
+# What no dense decoder has: tied widths, latent attention, experts in several layouts, state spaces.
+SAMPLE = ["bert", "deepseek_v3", "falcon_h1", "gpt_oss", "mamba", "mixtral", "phi3", "qwen3_moe"]
 
 
 @pytest.mark.parametrize("model_type", SAMPLE)
-def test_offered_groups_are_proven_and_wrong_ones_are_caught(model_type):
+def test_groups_of_any_architecture_are_right(model_type):
     model = zoo.tiny_model(model_type)
-    with quiet():
-        found = discovery(model)
-        proofs = prove(model, sorted(CORE))
-        caught, tried = controls(model, proofs)
-    assert found["unknown_operations"] == 0 and found["without_data_the_same"] is True
-    assert proofs and any(p.proven for p in proofs)
-    for proof in proofs:
-        assert proof.max_difference < 1e-9 if proof.proven else proof.reason, proof
-    assert caught == tried > 0
+    groups = discover(model)
+    found = architecture_checks.families(groups, prove(model))
+    proven = [f for f in found if f.get("route") in ("config", "modules")]
+    assert proven
+    assert all(f["max_difference"] < 1e-9 for f in proven), proven
+    assert architecture_checks.without_weights(model)["same"]
+    controls = architecture_checks.controls(model, architecture_checks.proven_families(found), wanted=2)
+    assert controls["total"] > 0
+    assert controls["caught"] == controls["total"], controls["missed"]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gpt_oss", "qwen3_moe", "deepseek_v3"])
-def test_everything_cut_together_reloads(model_type):
-    with quiet():
-        trip = round_trip(zoo.tiny_model(model_type))
-    assert trip["ok"] and trip["cached_generation"] is True, trip
-    assert "hidden" in trip["kinds"] and len(trip["kinds"]) >= 3
+def test_a_shifted_member_moves_alone():
+    groups = discover(zoo.tiny_model("llama"))
+    group = groups.named("hidden")
+    wrong = architecture_checks.shifted(groups, group, 1).named("hidden")
+    changed = [not np.array_equal(a.index, b.index) for a, b in zip(group.members, wrong.members, strict=True)]
+    assert changed == [number == 1 for number in range(len(changed))]
+
+
+def test_the_page_tells_each_reason_once():
+    def record(model_type, layers):
+        ffn = {"kind": "ffn_channel", "family": f"{layers}.*.mlp/ffn_channel", "tied": [], "max_difference": 1e-15}
+        refusal = f"{model_type.title()}Config has no field that sets the width of {ffn['family']} alone"
+        hidden = {"kind": "hidden", "family": "hidden", "route": "config", "tied": ["x"], "max_difference": 0.0}
+        families = [ffn | {"route": "modules", "reason": refusal}, hidden]
+        return {"model_type": model_type, "instantiated": True, "traced": True, "families": families}
+
+    failed = {"model_type": "third", "instantiated": False, "reason": "no such library"}
+    page = architectures_page.page([record("first", "model.layers"), record("second", "h"), failed])
+    assert "| FFN channels: proven | 2 of 2 (100.0%) that have them; 0 load with a stock class |" in page
+    assert "| first | mem | ok+ |  |" in page
+    assert page.count("the class has no field that sets the width of the ffn\\_channel family alone") == 1
+    assert "alone: first, second" in page and "no such library: third" in page
