@@ -17,6 +17,7 @@ import torch
 
 from secateur.discovery.setting import quiet_transformers
 from secateur.errors import CheckpointError
+from secateur.model_card import is_remote, model_card
 from secateur.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -25,14 +26,6 @@ if TYPE_CHECKING:
 ASSETS = Path(__file__).parent / "assets"
 BUNDLED = {"demo": ASSETS / "demo-model"}
 PARITY_TOLERANCE = 1e-6
-LOADING = """Layers differ in width (`per_layer_config` in `config.json`), so the class comes with the checkpoint
-(`{file}.py`):
-
-```python
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-```
-
-With `import secateur` before it, the flag is not needed and the file is not run."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +53,13 @@ def load(
     dtype: str | torch.dtype | None = None,
     device: str | None = None,
     trust_remote_code: bool = False,
+    to_change: bool = False,
 ) -> Checkpoint:
     """Load a causal language model and its tokenizer from a folder, a hub name, or `demo`.
 
     Args:
         dtype: as stored if not given.
+        to_change: the weights are going to be cut or trained, for which they must not be quantised.
 
     Raises:
         CheckpointError: not a checkpoint, corrupted, pickle-only, not a causal language model, or incomplete.
@@ -73,6 +68,11 @@ def load(
 
     place = _place(source)
     config = _config(place, trust_remote_code)
+    if to_change and (quantised := getattr(config, "quantization_config", None)):
+        raise CheckpointError(
+            f"{source} is quantised ({_quant_method(quantised)}), and packed weights can be neither cut nor trained: "
+            "prune the float checkpoint it was made from, recover that, and quantise the result"
+        )
     if isinstance(place, Path):
         _check_weights(place)
     try:
@@ -84,7 +84,7 @@ def load(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"cannot load {source}: {_first_line(error)}") from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = ", ".join(sorted(str(n) for n in [*info["missing_keys"], *info.get("mismatched_keys", [])])[:5])
@@ -130,17 +130,20 @@ def _config(place: Path | str, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     if isinstance(place, Path) and not (place / "config.json").is_file():
+        if (place / "adapter_config.json").is_file():
+            raise CheckpointError(
+                f"{place} holds an adapter without its model: merge it into its base and save that, or cut both from "
+                "Python (secateur.surgery.slice takes a PeftModel)"
+            )
         raise CheckpointError(f"{place} is no checkpoint: it has no config.json")
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        hint = "; pass --trust-remote-code to run its own code" if "trust_remote_code" in str(error) else ""
-        raise CheckpointError(f"cannot read the configuration of {place}: {_first_line(error)}{hint}") from error
-    if getattr(config, "quantization_config", None):
-        raise CheckpointError(
-            f"{place} is quantised, and packed weights cannot be cut; prune the float checkpoint it was made from, "
-            "then quantise the result"
-        )
+        if "trust_remote_code" in str(error):
+            raise CheckpointError(
+                f"{place} comes with code of its own; read it, then pass --trust-remote-code (trust_remote_code=True)"
+            ) from error
+        raise CheckpointError(f"cannot read the configuration of {place}: {_first_line(error)}") from error
     heads = config.architectures or []
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     generative = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or remote
@@ -197,6 +200,12 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     return found
+
+
+def _quant_method(settings: Any) -> str:
+    """Name of the method in a quantisation config, which is a dict as read and an object once a quantiser took it."""
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method))
 
 
 def _first_line(error: BaseException) -> str:
@@ -292,12 +301,8 @@ def write(
         plan.save(folder / "plan.json")
     if results is not None:
         (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(model, results or {}, base), encoding="utf-8")
-
-
-def _brings_its_code(model: PreTrainedModel) -> bool:
-    """Whether the class came with a checkpoint, so that the user allowed its code to run when it was loaded."""
-    return type(model).__module__.startswith("transformers_modules.")
+    about = (base.source, BUNDLED.get(base.source, Path(base.source))) if base else None
+    (folder / "README.md").write_text(model_card(model, results or {}, about), encoding="utf-8")
 
 
 def verify_reload(folder: Path, model: PreTrainedModel) -> float:
@@ -310,12 +315,19 @@ def verify_reload(folder: Path, model: PreTrainedModel) -> float:
 
     try:
         with quiet_transformers():
-            again = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=model.dtype, trust_remote_code=_brings_its_code(model)
-            )
-            again.to(model.device).eval()
+            again = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, trust_remote_code=is_remote(model))
+        again.to(model.device).eval()
     except Exception as error:  # whatever the class raises, the user must not be left with this folder
         raise CheckpointError(f"the checkpoint just written does not load: {_first_line(error)}") from error
+    return check_same_logits(model, again)
+
+
+def check_same_logits(model: PreTrainedModel, again: PreTrainedModel) -> float:
+    """The largest difference of logits between a model and what was loaded from its folder.
+
+    Raises:
+        CheckpointError: it is more than rounding.
+    """
     ids = torch.arange(32, device=model.device).remainder(model.get_input_embeddings().weight.shape[0])[None]
     training = model.training
     with torch.no_grad():
@@ -325,34 +337,3 @@ def verify_reload(folder: Path, model: PreTrainedModel) -> float:
     if not difference <= PARITY_TOLERANCE * max(1.0, float(wanted.abs().max())):
         raise CheckpointError(f"the checkpoint just written gives other logits (difference {difference:.2g}); removed")
     return difference
-
-
-def model_card(model: PreTrainedModel, results: Mapping[str, Any], base: Checkpoint | None) -> str:
-    """README.md of a checkpoint: what was done, what was measured and how; the base model's licence carried over."""
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, secateur]"]
-    if base is not None:
-        front.append(f"base_model: {base.source}")
-        if licence := _licence(base.source):
-            front.append(f"license: {licence}")
-    lines = [*front, "---", "", f"# {type(model).__name__}, {model.num_parameters():,} parameters", ""]
-    params = results.get("params", {})
-    if "dense" in params:
-        lines += [f"Pruned with Secateur: {params['sparsity']:.2%} of {params['dense']:,} parameters removed.", ""]
-    lines += [f"`{k}` = {v}  " for k, v in results.get("protocol", {}).get("settings", {}).items()]
-    for name, p in results.get("perplexity", {}).items():
-        figures = ", ".join(f"{s} {p[s]:.3f}" for s in ("dense", "pruned", "recovered") if s in p)
-        lines += ["", f"Perplexity on {name}: {figures} ({p['tokens']:,} tokens, windows of {p['seq_len']})."]
-    if remote := getattr(model.config, "auto_map", None):
-        lines += ["", LOADING.format(file=remote["AutoConfig"].partition(".")[0])]
-    lines += ["", "How everything was measured: `results.json`. Which units were kept: `plan.json`.", ""]
-    return "\n".join(lines)
-
-
-def _licence(source: str) -> str | None:
-    """The `license` line in the front matter of a checkpoint folder's README."""
-    place = BUNDLED.get(source, Path(source)) / "README.md"
-    if not place.is_file():
-        return None
-    head = place.read_text(encoding="utf-8", errors="replace").split("---")
-    lines = head[1].splitlines() if len(head) > 2 else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("license:")), None)

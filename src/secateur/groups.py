@@ -61,6 +61,18 @@ class Group:
     def prunable(self) -> bool:
         return not self.refusals
 
+    def check_zeroing(self) -> None:
+        """Make sure that zeroed units are as good as removed ones.
+
+        Raises:
+            PlanError: they lie on rows whose norm DoRA divides by.
+        """
+        if any(".lora_magnitude_vector." in m.parameter for m in self.members):
+            raise PlanError(
+                f"{self.name} lies on rows that DoRA divides by their norm, so zeroing them gives no number: cut it in "
+                "one step (iterations=1), or merge the adapter first"
+            )
+
     @property
     def family(self) -> str:
         """The name with layer numbers replaced by `*`: groups of one family play the same part in each layer."""

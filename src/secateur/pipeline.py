@@ -76,7 +76,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
-        source = load_model(recipe)
+        source = load_model(recipe, to_change=True)
         dense = source.model.num_parameters()
         results = header("prune", source, recipe)
         results["perplexity"] = {}
@@ -174,7 +174,7 @@ def recover_checkpoint(
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
-        source = load_model(recipe, folder_in)
+        source = load_model(recipe, folder_in, to_change=True)
         results = header("recover", source, recipe)
         results["perplexity"] = {}
         corpora = [load_corpus(name, field=settings.field) for name in settings.data]
@@ -353,11 +353,15 @@ def add_perplexity(
         results["perplexity"].setdefault(name, facts)[stage] = p.value
 
 
-def load_model(recipe: Recipe, source: Path | str | None = None) -> Checkpoint:
-    """The recipe's model, or another checkpoint loaded in the same way."""
+def load_model(recipe: Recipe, source: Path | str | None = None, *, to_change: bool = False) -> Checkpoint:
+    """The recipe's model, or another checkpoint loaded in the same way; `to_change` as in `checkpoint.load`."""
     wanted = recipe.model
     return checkpoints.load(
-        source or wanted.source, dtype=wanted.dtype, device=wanted.device, trust_remote_code=wanted.trust_remote_code
+        source or wanted.source,
+        dtype=wanted.dtype,
+        device=wanted.device,
+        trust_remote_code=wanted.trust_remote_code,
+        to_change=to_change,
     )
 
 

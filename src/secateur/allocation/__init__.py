@@ -209,10 +209,16 @@ def _counts(
         kinds = ", ".join(dict.fromkeys(kind for f in families for kind in f.kinds))
         largest = math.floor((1 - fewest / whole) * 1e4) / 1e4
         raise BudgetError(
-            f"a sparsity of {share:g} cannot be reached by cutting {kinds}: at least one unit of every group stays, "
+            f"a sparsity of {share:g} cannot be reached by cutting {kinds}: {_floor(families)}, "
             f"and the largest reachable sparsity is {largest:g}; cut more kinds, or lift protection or rounding"
         )
     return rank(families, size, measure, ranking).settle(target)
+
+
+def _floor(families: Sequence[Family]) -> str:
+    """What keeps units from going."""
+    chosen = [f"{g.at_least} of {g.name}" for f in families for g in f.groups[:1] if g.at_least > 1]
+    return f"a router chooses {chosen[0]}, so as many stay" if chosen else "at least one unit of every group stays"
 
 
 def _without_removed_blocks(groups: Groups, kept: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

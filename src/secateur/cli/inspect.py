@@ -24,7 +24,7 @@ def groups(
     from secateur.surgery import OFFERED_KINDS, prove
 
     if verify:
-        subject = checkpoint.load(model, trust_remote_code=trust_remote_code).model
+        subject = checkpoint.load(model, trust_remote_code=trust_remote_code, to_change=True).model
     else:
         subject = checkpoint.load_skeleton(model, trust_remote_code=trust_remote_code)
     found = discover(subject)

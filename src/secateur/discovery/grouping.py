@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from secateur.discovery.axes import Axis, NotSeparableError, positions
 from secateur.discovery.kinds import Structure, common_module
+from secateur.discovery.packed import replaced_parameters
 from secateur.discovery.recorder import Trace
 from secateur.groups import Group, Groups, IndexArray, Member
 
@@ -24,7 +25,8 @@ def build_groups(model: PreTrainedModel, trace: Trace) -> tuple[Groups, dict[str
     groups += _layer_groups(trace)
     shapes = {name: tuple(a.size for a in axes) for name, axes in structure.stored.items()}
     buffers = frozenset(n for n, _ in model.named_buffers() if n in shapes)
-    groups = [_refuse_unread(_refuse_buffers(g, buffers), trace, shapes) for g in groups]
+    replaced = replaced_parameters(model)
+    groups = [_refuse_replaced(_refuse_unread(_refuse_buffers(g, buffers), trace, shapes), replaced) for g in groups]
     groups.sort(key=lambda g: (g.layer is None, g.layer or 0))
     leaf_of = {name: leaf for leaf, (_, name) in names.items()}
     return Groups(tuple(groups), shapes, buffers, _tied(model, shapes)), leaf_of
@@ -109,6 +111,13 @@ def _refuse_buffers(group: Group, buffers: frozenset[str]) -> Group:
     if group.members and all(m.parameter in buffers for m in group.members):
         return replace(group, refusals=(*group.refusals, "only buffers lie on it, so nothing trained would go"))
     return group
+
+
+def _refuse_replaced(group: Group, replaced: Mapping[str, str]) -> Group:
+    """Units of parameters that other tensors stand in for while the model runs; that reason comes first."""
+    within = (r for path, r in replaced.items() for m in group.members if m.parameter.startswith(path + "."))
+    reason = next(within, None)
+    return group if reason is None else replace(group, refusals=(reason, *group.refusals))
 
 
 def _refuse_unread(group: Group, trace: Trace, shapes: dict[str, tuple[int, ...]]) -> Group:

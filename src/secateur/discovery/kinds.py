@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
 from secateur.discovery.axes import Axis, leaves
@@ -107,9 +107,10 @@ class Structure:
         return max([1, *needs])
 
     def beside(self, leaf: Axis, others: Iterable[Axis]) -> bool:
-        """Whether the leaf shares a dimension of a parameter with one of `others`."""
+        """Whether the leaf and one of `others` are factors of one dimension of a parameter, or of one part of it."""
         wanted = set(others) - {leaf}
-        return any(self.leaves_of(self.stored[name][dim]) & wanted for name, dim in self.places[leaf])
+        parts = (part for name, dim in self.places[leaf] for part in summands(self.stored[name][dim]))
+        return any(leaf in found and found & wanted for found in map(self.leaves_of, parts))
 
     def kind(self, leaf: Axis) -> str:
         """The kind of unit the leaf counts."""
@@ -164,20 +165,30 @@ class Structure:
         return "ffn_channel"
 
     def _is_rank(self, leaf: Axis) -> bool:
-        """Whether the leaf is the bottleneck of two factors that run beside a matrix with the same outer axes."""
+        """Whether the leaf is the bottleneck of two factors that run beside one matrix with the same outer axes."""
         places = self.places[leaf]
         if "activated" in leaf.traits or len(places) != 2 or any(len(self.stored[name]) != 2 for name, _ in places):
             return False
         down, up = sorted(places, key=self.is_contracted)
         if self.is_contracted(down) or not self.is_contracted(up):
             return False
-        outer = {self.stored[name][1 - dim].find() for name, dim in places}
+        outer = {tuple(leaves(self.stored[name][1 - dim])) for name, dim in places}
         home = common_module([down[0], up[0]])
-        return bool(home) and any(
-            len(axes) == 2 and {a.find() for a in axes} == outer
+        same = [
+            name
             for name, axes in self.stored.items()
-            if name.startswith(home + ".") and name not in (down[0], up[0])
-        )
+            if name.startswith(home + ".") and len(axes) == 2 and {tuple(leaves(a)) for a in axes} == outer
+        ]
+        return bool(home) and len(same) == 1
+
+
+def summands(axis: Axis) -> Iterator[Axis]:
+    """What is concatenated in an axis; the axis itself if nothing is."""
+    axis = axis.find()
+    if not axis.is_sum:
+        yield axis
+    for part in axis.parts if axis.is_sum else ():
+        yield from summands(part)
 
 
 def common_module(names: Iterable[str]) -> str:

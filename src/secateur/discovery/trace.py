@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 
 import secateur.discovery.rules  # noqa: F401  (registers the rules)
 from secateur.discovery.axes import Axis, Hazard, freeze
+from secateur.discovery.packed import refuse_quantised
 from secateur.discovery.recorder import RULES, Reduction, Trace, Tracer
 from secateur.discovery.setting import plain_forward, quiet_transformers, unchanged
 from secateur.errors import DiscoveryError
@@ -44,8 +45,9 @@ def run_trace(model: PreTrainedModel, *, fake: bool = True) -> Trace:
             is traced on the real tensors instead, as always if False.
 
     Raises:
-        DiscoveryError: the forward pass fails.
+        DiscoveryError: the forward pass fails, or weights are quantised.
     """
+    refuse_quantised(model)
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     try:
         if not fake:

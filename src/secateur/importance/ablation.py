@@ -26,7 +26,12 @@ def leave_one_out(model: PreTrainedModel, groups: Sequence[Group], batches: Sequ
 
     Returns:
         Group name -> float32 [units], in nats per token; negative where the model does better without the unit.
+
+    Raises:
+        PlanError: a group lies on rows that DoRA adapts.
     """
+    for group in groups:
+        group.check_zeroing()
     training = model.training
     model.eval()
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))

@@ -53,7 +53,8 @@ def backward(
             if not torch.isfinite(loss):
                 cause = broken_parameter(model) or "the weights are finite, so check the calibration data and the dtype"
                 raise NonFiniteError(f"the loss on calibration batch {number} is {float(loss)}: {cause}")
-            (loss * (weights[number] if weights else 1.0)).backward()
+            if loss.requires_grad:  # else nothing in it depends on the parameters: experts that no token reaches
+                (loss * (weights[number] if weights else 1.0)).backward()
 
 
 def broken_parameter(model: PreTrainedModel) -> str | None:

@@ -55,7 +55,18 @@ class Taylor:
     def positions(
         self, model: PreTrainedModel, wanted: dict[str, list[int | None]], batches: Sequence[Tensor]
     ) -> dict[Axis, Tensor]:
-        """Importance of every position of every wanted axis, float32."""
+        """Importance of every position of every wanted axis, float32; 0 where the text never reaches (idle experts)."""
+        found = self._reached(model, wanted, batches)
+        parameters = dict(model.named_parameters())
+        for name, dim in ((n, d) for n, dims in wanted.items() for d in dims):
+            if (name, dim) not in found:
+                found[name, dim] = along(torch.zeros_like(parameters[name], dtype=torch.float32), dim)
+        return found
+
+    def _reached(
+        self, model: PreTrainedModel, wanted: dict[str, list[int | None]], batches: Sequence[Tensor]
+    ) -> dict[Axis, Tensor]:
+        """Importance where there are gradients."""
         sequences = [row[None] for batch in batches for row in batch]
         if self.order == "mixed":
             return self._whole(model, wanted, sequences, second_order=True)
@@ -131,4 +142,5 @@ def gradients(model: PreTrainedModel, names: list[str], batches: Sequence[Tensor
         found[name] = found[name].add_(grad.float()) if name in found else grad.float().clone()
 
     backward(model, names, batches, visit, weights=_shares(batches))
-    return {n: found.get(n, torch.zeros(0)) for n in names}
+    parameters = dict(model.named_parameters())
+    return {n: found[n] if n in found else torch.zeros_like(parameters[n], dtype=torch.float32) for n in names}

@@ -29,9 +29,8 @@ class RecoverySettings:
     Attributes:
         rank: of the LoRA factors.
         alpha: numerator of the LoRA scale `alpha / rank`.
-        dropout: on the adapters' input.
-        targets: module names; None adapts every linear module but the output head (experts stacked in one parameter
-            are none).
+        dropout: on the adapters' input; none where stacked experts are adapted, for which peft knows no dropout.
+        targets: module names; None adapts every linear module but the output head, and the matrices of stacked experts.
         learning_rate: peak, after a linear warm-up; falls linearly to 0.
         epochs: passes over the data, unless `steps` says otherwise.
         steps: optimizer steps.
@@ -108,14 +107,14 @@ def recover(
     set_seed(settings.seed)
     output = Path(output)
     examples = training_examples(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
-    head = [n for n, m in model.named_modules() if m is model.get_output_embeddings()]
-    targets = list(settings.targets) if settings.targets else linear_modules(model)
+    stacked = [] if settings.targets else stacked_matrices(model)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=targets,
-        exclude_modules=None if settings.targets else head,
+        lora_dropout=0.0 if stacked else settings.dropout,
+        target_parameters=stacked or None,
+        target_modules=list(settings.targets) if settings.targets else "all-linear",
+        exclude_modules=None if settings.targets else not_linear(model),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -129,21 +128,23 @@ def recover(
     adapter = output / "adapter"
     adapted.save_pretrained(adapter)
     merged = adapted.merge_and_unload()
-    merged.config.use_cache = model.config.use_cache
+    merged.config.use_cache = getattr(model.config, "use_cache", True)  # which training switched off
     return RecoveryResult(merged.eval(), adapter, list(trainer.state.log_history), round(seconds, 3))
 
 
-def linear_modules(model: PreTrainedModel) -> list[str]:
-    """Last names of all linear modules but the output head.
-
-    peft's "all-linear" means the same, but for mixtures of experts also the stacked matrices of experts, which take no
-    dropout.
-    """
+def not_linear(model: PreTrainedModel) -> list[str]:
+    """The output head, and modules that derive from a linear one but compute something else, as routers do."""
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
-    linear = (n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head)
-    return sorted({name.rpartition(".")[2] for name in linear})
+    head, plain = model.get_output_embeddings(), (torch.nn.Linear.forward, Conv1D.forward)
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
+    return [n for n, m in linear.items() if m is head or type(m).forward not in plain]
+
+
+def stacked_matrices(model: PreTrainedModel) -> list[str]:
+    """The three-dimensional parameters that hold one matrix per expert."""
+    kernels = {id(p) for m in model.modules() if isinstance(m, torch.nn.modules.conv._ConvNd) for p in m.parameters()}
+    return [n for n, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1 and id(p) not in kernels]
 
 
 def _trainer(

@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from secateur.groups import Groups
+from secateur.surgery.adapters import Adapted, is_adapted
 from secateur.surgery.slicing import layer_solver
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], *,
         uniform: with the same widths in every layer, as stock classes need it; otherwise in each layer by itself, where
             ties are no way out: what they tie to may span all layers.
     """
+    if is_adapted(model):
+        return _of_base(Adapted(model, groups), kinds, uniform)
     solver = layer_solver(model, groups)
     families = groups.families(kinds)
     ties: list[tuple[str, ...]] = []
@@ -52,6 +55,21 @@ def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], *,
         if rule is None or not families.keys() >= set(rule.families) or not _joined(ties, rule.families, solver):
             refused[family] = solver.refusal(family)
     return Expressible(cache(solver.feasible) if uniform else lambda family, count: True, tuple(ties), refused)
+
+
+def _of_base(adapted: Adapted, kinds: Sequence[str], uniform: bool) -> Expressible:
+    """What the base of a model with adapters can be configured for; ranks are free."""
+    inner = expressible(adapted.base, adapted.base_groups, kinds, uniform=uniform)
+    family_in_base = {
+        adapted.groups.named(name).family: adapted.base_groups.named(base).family
+        for name, base in adapted.in_base.items()
+    }
+    back = {base: family for family, base in family_in_base.items()}
+    return Expressible(
+        lambda family, count: family not in family_in_base or inner.feasible(family_in_base[family], count),
+        tuple(tuple(back[family] for family in tie) for tie in inner.ties),
+        {back[family]: reason for family, reason in inner.refused.items() if family in back},
+    )
 
 
 def _joined(ties: list[tuple[str, ...]], families: tuple[str, ...], solver: ConfigSolver) -> bool:

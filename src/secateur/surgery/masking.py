@@ -27,10 +27,12 @@ def mask(model: PreTrainedModel, plan: PruningPlan, groups: Groups | None = None
     not: norms still average over the zeroed dimensions. `Reference.logits` is exact for every kind.
 
     Raises:
-        PlanError: the plan does not fit the model.
+        PlanError: the plan does not fit the model, or removes rows that DoRA adapts.
     """
     groups = groups or discover(model)
     plan.check(groups)
+    for name in plan.kept:
+        groups.named(name).check_zeroing()
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
     with torch.no_grad(), bypassed(model, groups.removed_blocks(plan.kept)):

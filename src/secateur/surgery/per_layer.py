@@ -57,8 +57,15 @@ def per_layer_target(
         PlanError: a family has no field, or a value would not be whole.
         Exception: whatever the configuration class raises for sizes it does not accept.
     """
+    import transformers
+
     from secateur.modeling_per_layer import model_class
 
+    if not is_per_layer(model) and getattr(transformers, type(model).__name__, None) is not type(model):
+        raise PlanError(
+            f"{type(model).__name__} is no class of transformers, and only of those can layers differ in width: prune "
+            "with the same widths in every layer (without --per-layer)"
+        )
     values = _plain(model.config)
     staying = list(range(model.config.num_hidden_layers))
     shares: dict[tuple[int, str], Fraction] = defaultdict(lambda: Fraction(1))

@@ -46,7 +46,8 @@ def slice(
     If every layer keeps the same widths, the result is built by the model's own class from an edited configuration, or,
     where that class refuses the sizes, by a stock class with the same parameters. If widths differ by layer, it is
     built by the class of `secateur.modeling_per_layer`, whose file goes into the folder when the model is saved. Its
-    logits on a probe are compared with those of the original under restricted reductions before it is returned.
+    logits on a probe are compared with those of the original under restricted reductions before it is returned. A model
+    with LoRA adapters in its modules (a `PeftModel`) is cut together with them; see `surgery.adapters`.
 
     Args:
         reloadable: refuse widths that no configuration expresses. If False, such a cut is made in a copy of the
@@ -55,6 +56,10 @@ def slice(
     Raises:
         PlanError: the plan does not fit the model, or no class expresses the cut with the same logits.
     """
+    from secateur.surgery.adapters import is_adapted, slice_adapted  # builds on this module
+
+    if is_adapted(model):
+        return slice_adapted(model, plan, groups)
     groups = groups or discover(model)
     plan.check(groups)
     kept = {n: k for n, k in plan.kept.items() if len(k) < groups.named(n).units}

@@ -1,0 +1,52 @@
+"""Save a model whose LoRA adapters are not merged: the base as a checkpoint, the adapters as PEFT folders inside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secateur.checkpoint import check_same_logits, output_folder, verify_reload, write
+from secateur.errors import CheckpointError
+from secateur.plan import PruningPlan
+from secateur.surgery.adapters import base_model, unsupported
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+ADAPTER = "adapter"
+
+
+def save_adapted(
+    model: PeftModel,
+    output: Path | str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    plan: PruningPlan | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write the base to `output` and its adapters to `output/adapter`, and read both back.
+
+    `PeftModel.from_pretrained(base, "OUTPUT/adapter")` then gives the model again. PEFT puts every adapter but the one
+    called `default` into a folder of its own below that.
+
+    Raises:
+        CheckpointError: the adapters are of a kind that is not supported, the folder is in use, or what was written
+            does not load to the same model (it is removed then).
+    """
+    from peft import PeftModel as AnyPeftModel
+
+    if reason := unsupported(model):
+        raise CheckpointError(reason)
+    with output_folder(output, overwrite=overwrite) as folder:
+        base = base_model(model)
+        write(base, folder, tokenizer=tokenizer, plan=plan)
+        verify_reload(folder, base)
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = str(output)
+        model.save_pretrained(str(folder / ADAPTER))
+        name = model.active_adapters[0]
+        place = folder / ADAPTER if name == "default" else folder / ADAPTER / name
+        again = AnyPeftModel.from_pretrained(base, str(place), adapter_name=name).eval()
+        check_same_logits(model, again)
+    return Path(output)
