@@ -11,8 +11,8 @@ from test_experts import make as make_moe
 from transformers import AutoModelForCausalLM
 
 from secateur import checkpoint
-from secateur.adapted_checkpoint import save_adapted
 from secateur.allocation import Budget
+from secateur.checkpoint import save_adapted
 from secateur.discovery import discover
 from secateur.discovery.reference import plain_logits, probe_ids
 from secateur.errors import CheckpointError, DiscoveryError, PlanError

@@ -31,3 +31,8 @@ class NonFiniteError(SecateurError):
 
 class RecipeError(SecateurError):
     """A recipe that does not follow the schema."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its further lines."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from secateur.checkpoint import check_same_logits, output_folder, verify_reload, write
+from secateur.checkpoint.folders import output_folder
+from secateur.checkpoint.parity import check_same_logits, verify_reload
+from secateur.checkpoint.saving import write
 from secateur.errors import CheckpointError
 from secateur.plan import PruningPlan
 from secateur.surgery.adapters import base_model, unsupported

@@ -1,0 +1,21 @@
+"""Checkpoints: loaded from safetensors only, written whole or not at all, and read back to prove it."""
+
+from secateur.checkpoint.adapted import save_adapted
+from secateur.checkpoint.folders import output_folder
+from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton
+from secateur.checkpoint.parity import check_same_logits, verify_reload
+from secateur.checkpoint.saving import save, write
+
+__all__ = [
+    "BUNDLED",
+    "Checkpoint",
+    "check_same_logits",
+    "checkpoint_sha256",
+    "load",
+    "load_skeleton",
+    "output_folder",
+    "save",
+    "save_adapted",
+    "verify_reload",
+    "write",
+]

@@ -1,0 +1,61 @@
+"""Save checkpoints that `from_pretrained` loads, and read them back to prove it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from secateur.checkpoint.card import model_card
+from secateur.checkpoint.folders import output_folder
+from secateur.checkpoint.loading import BUNDLED, Checkpoint
+from secateur.checkpoint.parity import verify_reload
+from secateur.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def save(
+    model: PreTrainedModel,
+    output: Path | str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    plan: PruningPlan | None = None,
+    results: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a checkpoint that `from_pretrained` loads, and read it back.
+
+    A model whose layers differ in width brings the file of its class along; without Secateur it then loads with
+    `trust_remote_code=True`.
+
+    Raises:
+        CheckpointError: the folder is in use, or what was written does not load to the same model (it is removed then).
+    """
+    with output_folder(output, overwrite=overwrite) as folder:
+        write(model, folder, tokenizer=tokenizer, plan=plan, results=results)
+        verify_reload(folder, model)
+    return Path(output)
+
+
+def write(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    plan: PruningPlan | None = None,
+    results: Mapping[str, Any] | None = None,
+    base: Checkpoint | None = None,
+) -> None:
+    """Fill an existing folder: configuration, safetensors, tokenizer, plan.json, results.json, model card."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if plan is not None:
+        plan.save(folder / "plan.json")
+    if results is not None:
+        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    about = (base.source, BUNDLED.get(base.source, Path(base.source))) if base else None
+    (folder / "README.md").write_text(model_card(model, results or {}, about), encoding="utf-8")
