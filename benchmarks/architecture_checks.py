@@ -195,7 +195,7 @@ def controls(model: PreTrainedModel, proven: Sequence[str], wanted: int = CONTRO
     A control counts only if the same cut passes with the right slices, and if the logits depend on what was shifted
     (they do not on the bias of keys that are not rotated, for example).
     """
-    subject = _with_noisy_buffers(with_noise(copy.deepcopy(model), seed), seed)
+    subject = with_noise(copy.deepcopy(model), seed)
     reference = Reference(subject)
     generator = np.random.default_rng(seed)
     pool = [
@@ -263,13 +263,3 @@ def _has_effect(model: PreTrainedModel, right: Groups, wrong: Groups, group: Gro
     after = plain_logits(model, ids)
     tensor.copy_(saved)
     return bool((after - before).norm() > 1e-9 * before.norm())
-
-
-def _with_noisy_buffers(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """The model itself, with noise on stored buffers too: routers keep biases there, which start as zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    stored = model.state_dict()
-    for name, buffer in model.named_buffers():
-        if name in stored and buffer.is_floating_point():  # never negative, since some are variances
-            buffer.add_(torch.rand(buffer.shape, generator=generator, dtype=buffer.dtype))
-    return model

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-MAX_FOLD_SEARCHES = 2  # for the same families; a scalar that can be folded shows in the first edits
+MAX_FOLD_SEARCHES = 2  # that fail with the same fields, or fewer; a scalar that can be folded shows in the first edits
 
 
 def slice(
@@ -100,7 +100,7 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
             and what was found out before is taken from disk.
     """
     cached = None if reference else RuleCache(model, groups)
-    searches: Counter[tuple[str, ...]] = Counter()
+    failed: Counter[frozenset[str]] = Counter()  # fields -> searches for folds
 
     @cache
     def oracle() -> Reference:
@@ -117,11 +117,12 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
         for small in candidates(subject, solver, kept):
             if check.same(small):
                 return rule
-            if not math.isfinite(check.difference) or members[0].blocks or searches[rule.families] == MAX_FOLD_SEARCHES:
+            hopeless = sum(n for fields, n in failed.items() if fields.issubset(rule.fields)) >= MAX_FOLD_SEARCHES
+            if not math.isfinite(check.difference) or members[0].blocks or hopeless:
                 continue
-            searches[rule.families] += 1
             if folds := find_folds(subject, small, share, check.same):
                 return replace(rule, folds=folds)
+            failed[frozenset(rule.fields)] += 1
         return None
 
     if cached is None:

@@ -87,11 +87,15 @@ def _shallow(model: PreTrainedModel, groups: Groups) -> PreTrainedModel | None:
 
 
 def with_noise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
-    """The model itself, on the CPU in float64 and evaluation mode, with noise on every parameter."""
+    """The model itself, on the CPU in float64 and evaluation mode, with noise on every parameter and stored buffer."""
     generator = torch.Generator().manual_seed(seed)
     model = model.to("cpu").double().eval()
+    stored = model.state_dict().keys()
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.1 * float(parameter.std()) if parameter.numel() > 1 else 0.0
             parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * max(spread, 0.05))
+        for name, buffer in model.named_buffers():
+            if name in stored and buffer.is_floating_point():  # never negative, since some are variances
+                buffer.add_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
     return model
