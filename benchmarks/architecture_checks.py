@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from secateur.allocation import Budget, allocate
 from secateur.discovery import discover
 from secateur.discovery.grouping import build_groups
-from secateur.discovery.reference import Reference, plain_logits, probe_ids
+from secateur.discovery.reference import Reference, plain_logits
 from secateur.discovery.setting import quiet_transformers
-from secateur.discovery.trace import Trace, run_trace
+from secateur.discovery.trace import Trace, probe_ids, run_trace
 from secateur.errors import BudgetError
 from secateur.groups import Group, Groups
 from secateur.importance import Random, score

@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import secateur as sc
-from secateur.discovery.reference import plain_logits, probe_ids
+from secateur.discovery.reference import plain_logits
+from secateur.discovery.trace import probe_ids
 from secateur.importance import CRITERIA
 from secateur.methods.llm_pruner import LLMPruner, run
 from secateur.pipeline import PACKAGES, write_json

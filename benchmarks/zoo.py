@@ -99,6 +99,10 @@ SIZES: dict[str, Any] = {
     "mlp_dim": FFN,
     "output_channels": 16,
 }
+# Encoders of images and sound have other widths than the language model, as in real models: what text never reaches
+# blocks every width that it may share.
+TOWERS = ("vision_config", "audio_config")
+TOWER_SIZES: dict[int, int] = {HIDDEN: 96, HEADS: 4, FFN: 52}
 # Sized even where the class leaves them None, to be derived from other sizes.
 DERIVED = ("num_key_value_heads", "head_dim", "n_inner", "num_experts_per_tok", "n_routed_experts", "n_shared_experts")
 # Names under which classes keep the number of layers, and lists in which kinds of layers take turns.
@@ -232,7 +236,7 @@ def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def _shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _shrink(config_class: type[PreTrainedConfig], *, tower: bool = False) -> PreTrainedConfig:
     """A small config of a class, whose default config tells which fields are in use and what kinds of layers exist."""
     names = {field.name for field in dataclasses.fields(config_class)}
     aliases = config_class.attribute_map
@@ -244,13 +248,16 @@ def _shrink(config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
         if (value := vars(default).get(aliases.get(name, name))) is not None or name in DERIVED
     }
     sizes = SIZES | (LATENT_ATTENTION if "kv_lora_rank" in names else {})
+    if tower:
+        inner = (name for name, size in sizes.items() if type(size) is int and "out" not in name)
+        sizes = sizes | {name: TOWER_SIZES.get(sizes[name], sizes[name]) for name in inner}
     small = {name: sizes[name] for name in values if name in sizes}
     per_layer = {name: value for name, value in values.items() if name not in small and _is_per_layer(value, default)}
     depth = MIXED_LAYERS if any(len(set(value)) > 1 for value in per_layer.values()) else LAYERS
     small |= dict.fromkeys(small.keys() & DEPTHS, depth)
     for name, value in values.items():
         if isinstance(value, PreTrainedConfig):
-            small[name] = _shrink(type(value))
+            small[name] = _shrink(type(value), tower=name in TOWERS)
         elif name in per_layer:
             small[name] = _every_kind(value, depth, cycle=name in ALTERNATING)
         elif name.endswith("_token_id") and isinstance(value, int):

@@ -14,7 +14,8 @@ from secateur import checkpoint
 from secateur.allocation import Budget
 from secateur.checkpoint import save_adapted
 from secateur.discovery import discover
-from secateur.discovery.reference import plain_logits, probe_ids
+from secateur.discovery.reference import plain_logits
+from secateur.discovery.trace import probe_ids
 from secateur.errors import CheckpointError, DiscoveryError, PlanError
 from secateur.importance import CRITERIA, leave_one_out
 from secateur.methods.llm_pruner import LLMPruner, run

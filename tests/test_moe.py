@@ -10,7 +10,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from secateur import cli
 from secateur.allocation import Budget, allocate
 from secateur.discovery import discover
-from secateur.discovery.reference import Reference, plain_logits, probe_ids
+from secateur.discovery.reference import Reference, plain_logits
+from secateur.discovery.trace import probe_ids
 from secateur.errors import BudgetError
 from secateur.importance import CRITERIA, Taylor, leave_one_out, score
 from secateur.surgery import expressible, slice

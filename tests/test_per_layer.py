@@ -13,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 
 from secateur import checkpoint, cli
 from secateur.discovery import discover
-from secateur.discovery.reference import Reference, plain_logits, probe_ids
+from secateur.discovery.reference import Reference, plain_logits
+from secateur.discovery.trace import probe_ids
 from secateur.errors import PlanError
 from secateur.modeling_per_layer import config_class, model_class
 from secateur.plan import PruningPlan

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from secateur.allocation import Budget, allocate
 from secateur.discovery import discover
-from secateur.discovery.reference import Reference, plain_logits, probe_ids
+from secateur.discovery.reference import Reference, plain_logits
+from secateur.discovery.trace import probe_ids
 from secateur.errors import PlanError
 from secateur.importance import Magnitude, score
 from secateur.plan import PruningPlan

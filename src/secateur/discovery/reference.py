@@ -22,13 +22,14 @@ from secateur.discovery.axes import Axis, keep_mask, leaves
 from secateur.discovery.grouping import build_groups
 from secateur.discovery.recorder import Reduction, Trace
 from secateur.discovery.setting import plain_forward
-from secateur.discovery.trace import BATCH, SEQ_LEN, entering_states, run_trace
+from secateur.discovery.trace import FAILURES, entering_states, probe_ids, run_trace
 from secateur.errors import DiscoveryError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 aten = torch.ops.aten
+LONG_PROBE = 60  # tokens; few models have fewer positions
 NORMS = (aten.native_layer_norm, aten._fused_rms_norm)
 
 
@@ -116,18 +117,33 @@ class Reference:
 
     Attributes:
         groups: the groups of the model.
+        ids: the token ids [batch, length] it was traced on. They are more where the operations that run depend on
+            values, such as the experts that some token is sent to, so that as good as all of them run.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self.trace = run_trace(model, fake=False)
-        self.groups, self._leaves = build_groups(model, self.trace)
+        self._trace(probe_ids(model))
+        if not self._replays(probe_ids(model, seed=1)):
+            self._trace(probe_ids(model, length=LONG_PROBE))
+
+    def _trace(self, ids: Tensor) -> None:
+        self.ids = ids
+        self.trace = run_trace(self.model, fake=False, ids=ids)
+        self.groups, self._leaves = build_groups(self.model, self.trace)
+
+    def _replays(self, ids: Tensor) -> bool:
+        try:
+            self.logits(ids, {})
+        except DiscoveryError:
+            return False
+        return True
 
     def logits(self, ids: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         """Logits [batch, length, vocab] with only the `kept` units; `ids` must have the traced shape.
 
         Raises:
-            DiscoveryError: the model took another path than when it was traced.
+            DiscoveryError: the model took another path than when it was traced, or cannot run without these units.
         """
         masks: dict[Axis, NDArray[np.bool_]] = {}
         for name, units in kept.items():
@@ -140,7 +156,10 @@ class Reference:
             stack.enter_context(bypassed(self.model, self.groups.removed_blocks(kept)))
             stack.enter_context(plain_forward(self.model))
             stack.enter_context(restricted)
-            logits: Tensor = self.model(ids, use_cache=False).logits
+            try:
+                logits: Tensor = self.model(ids, use_cache=False).logits
+            except FAILURES as error:
+                raise DiscoveryError(f"{type(self.model).__name__} cannot run without these units: {error}") from error
         return logits
 
 
@@ -149,10 +168,3 @@ def plain_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with plain_forward(model):
         logits: Tensor = model(ids, use_cache=False).logits
     return logits
-
-
-def probe_ids(model: PreTrainedModel, seed: int = 0) -> Tensor:
-    """Random token ids of the traced shape [BATCH, SEQ_LEN]."""
-    generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, vocabulary, (BATCH, SEQ_LEN), generator=generator).to(model.device)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,13 +28,16 @@ def plain_forward(model: PreTrainedModel) -> Iterator[None]:
 
     Restored afterwards.
     """
-    training = model.training
+    training, default = model.training, torch.get_default_dtype()
     model.eval()
     precision = DoublePrecision() if model.dtype == torch.float64 else nullcontext()
     try:
-        with visible_implementations(model), torch.no_grad(), precision, _PlainCalls():
+        if model.dtype == torch.float64:
+            torch.set_default_dtype(torch.float64)
+        with visible_implementations(model), torch.no_grad(), precision, sdpa_kernel(SDPBackend.MATH), _PlainCalls():
             yield
     finally:
+        torch.set_default_dtype(default)
         model.train(training)
 
 

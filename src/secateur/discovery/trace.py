@@ -28,7 +28,9 @@ from secateur.errors import DiscoveryError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BATCH", "RULES", "SEQ_LEN", "Reduction", "Trace", "plain_forward", "quiet_transformers", "run_trace"]
+__all__ = [
+    "BATCH", "RULES", "SEQ_LEN", "Reduction", "Trace", "plain_forward", "probe_ids", "quiet_transformers", "run_trace",
+]  # fmt: skip
 
 BATCH, SEQ_LEN = 2, 7  # sizes of the probe input; any two small numbers do
 LONG = 150  # tokens of the second probe, which reaches what compresses long contexts
@@ -37,12 +39,20 @@ VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 FAILURES = (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError, AttributeError)
 
 
-def run_trace(model: PreTrainedModel, *, fake: bool = True) -> Trace:
+def probe_ids(model: PreTrainedModel, seed: int = 0, length: int = SEQ_LEN) -> Tensor:
+    """Random token ids [BATCH, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    return torch.randint(0, vocabulary, (BATCH, length), generator=generator).to(model.device)
+
+
+def run_trace(model: PreTrainedModel, *, fake: bool = True, ids: Tensor | None = None) -> Trace:
     """Trace one forward pass of `model`.
 
     Args:
         fake: trace on tensors without data; the model may be on the meta device. A forward pass that depends on values
             is traced on the real tensors instead, as always if False.
+        ids: token ids [batch, length] to trace real tensors on, by default `probe_ids`.
 
     Raises:
         DiscoveryError: the forward pass fails, or weights are quantised.
@@ -51,9 +61,9 @@ def run_trace(model: PreTrainedModel, *, fake: bool = True) -> Trace:
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     try:
         if not fake:
-            return _traced(model, state, warm_up=True)
+            return _traced(model, state, probe_ids(model) if ids is None else ids, warm_up=True)
         with FakeTensorMode(allow_non_fake_inputs=True), unchanged(model):
-            return _traced(model, _fake_copies(state))
+            return _traced(model, _fake_copies(state), torch.zeros(BATCH, SEQ_LEN, dtype=torch.long))
     except VALUE_DEPENDENT as error:
         if any(t.is_meta for t in state.values()):
             raise DiscoveryError(
@@ -65,8 +75,8 @@ def run_trace(model: PreTrainedModel, *, fake: bool = True) -> Trace:
         raise DiscoveryError(f"cannot trace {type(model).__name__}: {error}") from error
 
 
-def _traced(model: PreTrainedModel, state: Mapping[str, Tensor], *, warm_up: bool = False) -> Trace:
-    """Trace a forward pass with `state` in place of the model's own tensors.
+def _traced(model: PreTrainedModel, state: Mapping[str, Tensor], ids: Tensor, *, warm_up: bool = False) -> Trace:
+    """Trace a forward pass over `ids` with `state` in place of the model's own tensors.
 
     Args:
         warm_up: run once before, for models whose first run does more than the next ones.
@@ -74,7 +84,6 @@ def _traced(model: PreTrainedModel, state: Mapping[str, Tensor], *, warm_up: boo
     trace = Trace()
     device = next(iter(state.values())).device
     with plain_forward(model):
-        ids = torch.zeros(BATCH, SEQ_LEN, dtype=torch.long, device=device)
         if warm_up:
             model(ids, use_cache=False)
         _register(trace, model, state)

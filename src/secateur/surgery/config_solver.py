@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups, Kept
-from secateur.surgery.config_fields import kept_entries, kept_indices, rebuilt, values_of
+from secateur.surgery.config_fields import NOT_ARGUMENTS, kept_entries, kept_indices, rebuilt, values_of
 from secateur.surgery.field_rule import FieldRule, Findings, candidate_rules
 from secateur.surgery.shapes import Shapes, build_on_meta, expected_shapes, shapes_of
 from secateur.surgery.ties import explaining_families, tie_edits, tie_shares
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # Stock classes that accept widths which other classes refuse (head counts that do not divide `hidden_size`). A model
 # is saved as one of them only if its own class refuses, and only if names, shapes and logits are all the same.
 LENIENT_MODEL_TYPES = ("mistral",)
+TRIVIAL: tuple[Any, ...] = (None, False, 0, 1, [], {})  # values of fields that another class may go without
 MAX_TIE_EDITS = 250
 MAX_BUILDS = 1500  # models built without weights in search of rules, until what is left counts as not expressible
 
@@ -141,13 +142,13 @@ class ConfigSolver:
         rule = self.rule(family) or self.tied_rule(family)
         if rule is None:
             return False
-        kept = self._kept_at(rule.families, share)
-        for _, config in self.targets() if kept else ():
-            try:
-                self.edited(config, kept)
-            except Exception:  # configuration classes raise what they like
-                continue
-            return True
+        for kept in self.kept_at(rule.families, share):
+            for _, config in self.targets():
+                try:
+                    self.edited(config, kept)
+                except Exception:  # configuration classes raise what they like
+                    continue
+                return True
         return False
 
     def refusal(self, family: str) -> str:
@@ -223,13 +224,18 @@ class ConfigSolver:
         ]
         return max(fitting, key=lambda rule: len(rule.families), default=None)
 
-    def _kept_at(self, families: Sequence[str], share: Fraction) -> dict[str, range]:
-        """The last units of every group of these families, so that layers that count from the first one change too;
-        nothing if some group has no such share."""
+    def kept_at(self, families: Sequence[str], share: Fraction) -> Iterator[dict[str, range]]:
+        """Units of every group of these families to try a rule with; nothing if some group has no such share.
+
+        The last units, so that what counts layers from the first one changes too. Then the first ones, since classes
+        may refuse a pattern of layers that does not begin as it did.
+        """
         members = [g for f in families for g in self._families[f]]
         if any((share * g.units).denominator != 1 for g in members):
-            return {}
-        return {g.name: range(g.units - int(share * g.units), g.units) for g in members}
+            return
+        yield {g.name: range(g.units - int(share * g.units), g.units) for g in members}
+        if any(g.blocks for g in members):
+            yield {g.name: range(int(share * g.units)) for g in members}
 
     def _search(self, families: tuple[str, ...]) -> FieldRule | None:
         members = [self._families[f] for f in families]
@@ -240,15 +246,15 @@ class ConfigSolver:
             if not 0 < count < step:
                 continue
             share = Fraction(count, step)
-            kept = self._kept_at(families, share)
-            wanted = expected_shapes(self.groups, kept)
-            for target in self.targets():
-                for rule in candidate_rules(target[1], self.groups, [m[0] for m in members]):
-                    if self._shapes(target, rule, share, kept) != wanted:
-                        continue
-                    if accepted := self.accept(rule, share):
-                        return accepted
-                    self.findings.misfits.setdefault(families[0], rule.fields)
+            for kept in self.kept_at(families, share):
+                wanted = expected_shapes(self.groups, kept)
+                for target in self.targets():
+                    for rule in candidate_rules(target[1], self.groups, [m[0] for m in members]):
+                        if self._shapes(target, rule, share, kept) != wanted:
+                            continue
+                        if accepted := self.accept(rule, share):
+                            return accepted
+                        self.findings.misfits.setdefault(families[0], rule.fields)
         return None
 
     def _shapes(self, target: Target, rule: FieldRule, share: Fraction, kept: Kept) -> Shapes | None:
@@ -276,8 +282,11 @@ class ConfigSolver:
             if model_type == self.config.model_type:
                 continue
             config_class = CONFIG_MAPPING[model_type]
-            known = set(config_class().to_dict()) - {"model_type", "architectures", "transformers_version"}
-            values = {k: v for k, v in self.config.to_dict().items() if k in known}
+            known = set(config_class().to_dict()) - set(NOT_ARGUMENTS)
+            mine = {k: v for k, v in self.config.to_dict().items() if k not in NOT_ARGUMENTS}
+            if any(v not in TRIVIAL for k, v in mine.items() if k not in known):
+                continue  # it means something that this class would not do, perhaps only to longer texts than a trial's
+            values = {k: v for k, v in mine.items() if k in known}
             if "sliding_window" in known:
                 values["sliding_window"] = getattr(self.config, "sliding_window", None)
             try:
@@ -314,9 +323,15 @@ def _changes(
         changed |= {name: kept_entries(before[name], layers[rule]) for name in rule.lists}
         changed |= {name: kept_indices(before[name], layers[rule]) for name in rule.indices}
         changed |= {name: sum(i < before[name] for i in layers[rule]) for name in rule.prefixes}
+        changed |= {name: _last(before[name], before[rule.fields[0]], layers[rule]) for name in rule.suffixes}
     for name, share in shares.items():
         size = share * int(pinned.get(name) or before[name])
         if size.denominator != 1:
             raise PlanError(f"{name} would become {float(size):.2f}; choose counts that keep it whole")
         changed[name] = int(size)
     return pinned | changed
+
+
+def _last(count: int, depth: int, layers: Sequence[int]) -> int:
+    """How many of the last `count` of `depth` layers stay."""
+    return sum(i >= depth - count for i in layers)

@@ -31,6 +31,7 @@ class FieldRule:
         lists: fields with one entry per layer, from which the entries of removed layers go.
         indices: fields that list numbers of layers.
         prefixes: fields that say how many of the first layers are of a kind.
+        suffixes: fields that say how many of the last layers are of a kind.
         folds: weights to scale, because the class derives a scalar from a field that changes.
     """
 
@@ -40,11 +41,12 @@ class FieldRule:
     lists: tuple[str, ...] = ()
     indices: tuple[str, ...] = ()
     prefixes: tuple[str, ...] = ()
+    suffixes: tuple[str, ...] = ()
     folds: tuple[Fold, ...] = ()
 
     @property
     def follows_layers(self) -> bool:
-        return bool(self.lists or self.indices or self.prefixes)
+        return bool(self.lists or self.indices or self.prefixes or self.suffixes)
 
 
 @dataclass
@@ -114,6 +116,8 @@ def _layer_rules(config: PreTrainedConfig, families: tuple[str, ...], layers: in
         for cut, indices in dict.fromkeys([(tuple(lists), listed), (tuple(lists), ()), (words, listed), (words, ())]):
             for prefixes in [(), *((name,) for name in counts)]:
                 yield FieldRule(families, fields, {}, cut, indices, prefixes)
+            for name in counts:
+                yield FieldRule(families, fields, {}, cut, indices, suffixes=(name,))
 
 
 def changing_sizes(groups: Groups, group: Group) -> set[int]:

@@ -34,13 +34,14 @@ def is_per_layer(model: PreTrainedModel) -> bool:
 
 
 def widths_differ(groups: Groups, kept: Kept) -> bool:
-    """Whether a family keeps other numbers of units in other layers."""
+    """Whether a family keeps other shares of its units in other layers."""
     gone = tuple(block + "." for block in groups.removed_blocks(kept))
-    counts: dict[str, set[int]] = {}
+    shares: dict[str, set[Fraction]] = {}
     for group in groups:
         if not (gone and group.name.startswith(gone)):
-            counts.setdefault(group.family, set()).add(len(kept.get(group.name, range(group.units))))
-    return any(len(found) > 1 for found in counts.values())
+            share = Fraction(len(kept.get(group.name, range(group.units))), group.units)
+            shares.setdefault(group.family, set()).add(share)
+    return any(len(found) > 1 for found in shares.values())
 
 
 def skeleton(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.random import Generator
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.errors import DiscoveryError, PlanError
-from secateur.groups import Group
+from secateur.groups import Group, Groups
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.slicing import cut, layer_solver
@@ -22,6 +24,7 @@ from secateur.surgery.trial import LogitCheck, trial_subject, with_noise
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+MAX_COUNTS = 32  # of units to try
 MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are represented by a twin
 # What can be pruned where a proof is found. `head_dim` (of queries and keys) sets the scale of attention; `other` is
 # what the structure does not tell.
@@ -85,30 +88,44 @@ def _prove_family(
 ) -> Proof:
     group = members[0]
     rule = solver.rule(group.family) or solver.tied_rule(group.family)
-    tied = tuple(f for f in rule.families if f != group.family) if rule else ()
-    wanted = min(max(1, round(group.units * 0.75)), group.units - 1)
-    by_distance = sorted(range(1, group.units), key=lambda c: abs(c - wanted))[:32]
-    count = next((c for c in by_distance if rule and solver.feasible(group.family, c)), wanted)
-    kept = {
-        g.name: tuple(sorted(generator.choice(g.units, max(1, count * g.units // group.units), replace=False).tolist()))
-        for g in reference.groups
-        if g.family == group.family or g.family in tied
-    }
-    check = LogitCheck(model, kept, reference)
+    families = rule.families if rule else (group.family,)
+    count = _count(reference.groups, families, group, solver if rule else None)
+    tied = tuple(f for f in families if f != group.family)
     facts = (group.kind, group.family, len(members), group.units, count)
-    try:
-        _ = check.wanted
-    except DiscoveryError as error:  # what the model runs depends on values, and so on the units that are there
-        return Proof(*facts, None, "none", reason=str(error))
-    try:
-        cut(model, reference.groups, kept, check, solver)
-        return Proof(*facts, check.difference, "config", (*rule.fields, *rule.pins) if rule else (), tied)
-    except PlanError as error:
-        reason = str(error)
-    small = cut_modules(model, reference.groups, kept, check.same)
-    if small is None:
-        return Proof(*facts, None, "none", reason=reason)
-    return Proof(*facts, check.difference, "modules", small[1], tied, reason)
+    fields = (*rule.fields, *rule.pins) if rule else ()
+    reason = ""
+    for kept in _choices(reference.groups, families, Fraction(count, group.units), generator):
+        check = LogitCheck(model, kept, reference)
+        try:
+            _ = check.wanted
+            cut(model, reference.groups, kept, check, solver)
+            return Proof(*facts, check.difference, "config", fields, tied)
+        except DiscoveryError as error:  # what runs depends on values, and so on the units that are there
+            return Proof(*facts, None, "none", reason=str(error))
+        except PlanError as error:
+            reason = reason or str(error)
+        if small := cut_modules(model, reference.groups, kept, check.same):
+            return Proof(*facts, check.difference, "modules", small[1], tied, reason)
+    return Proof(*facts, None, "none", reason=reason)
+
+
+def _count(groups: Groups, families: Sequence[str], group: Group, solver: ConfigSolver | None) -> int:
+    """About three quarters of the units, such that all families can keep the same share, and the class allows it."""
+    step = group.units // math.gcd(*(g.units for g in groups if g.family in families))
+    wanted = round(group.units * 0.75)
+    by_distance = sorted(range(step, group.units, step), key=lambda count: abs(count - wanted))[:MAX_COUNTS]
+    possible = (c for c in by_distance if solver is None or solver.feasible(group.family, c))
+    return next(possible, by_distance[0] if by_distance else max(1, min(wanted, group.units - 1)))
+
+
+def _choices(
+    groups: Groups, families: Sequence[str], share: Fraction, generator: Generator
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Units to keep: chosen at random in every group; of layers then the first ones, as classes may fix a pattern."""
+    members = [(g, max(1, int(share * g.units))) for g in groups if g.family in families]
+    yield {g.name: tuple(sorted(generator.choice(g.units, n, replace=False).tolist())) for g, n in members}
+    if members[0][0].blocks:
+        yield {g.name: tuple(range(n)) for g, n in members}
 
 
 def _subject(model: PreTrainedModel, seed: int) -> PreTrainedModel:

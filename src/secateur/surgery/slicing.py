@@ -6,6 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
@@ -110,19 +111,19 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
         members = [g for g in oracle().groups if g.family in rule.families]
         if any((share * g.units).denominator != 1 for g in members):  # a shallow twin has fewer layers
             share = Fraction(1, 2)
-        kept = {g.name: range(g.units - int(share * g.units), g.units) for g in members}
         subject = oracle().model
         solver = ConfigSolver(subject, oracle().groups, known=Findings.of(rule))
-        check = LogitCheck(subject, kept, oracle())
-        for small in candidates(subject, solver, kept):
-            if check.same(small):
-                return rule
-            hopeless = sum(n for fields, n in failed.items() if fields.issubset(rule.fields)) >= MAX_FOLD_SEARCHES
-            if not math.isfinite(check.difference) or members[0].blocks or hopeless:
-                continue
-            if folds := find_folds(subject, small, share, check.same):
-                return replace(rule, folds=folds)
-            failed[frozenset(rule.fields)] += 1
+        for kept in solver.kept_at(rule.families, share):
+            check = LogitCheck(subject, kept, oracle())
+            for small in _tried(subject, solver, kept):
+                if check.same(small):
+                    return rule
+                hopeless = sum(n for fields, n in failed.items() if fields.issubset(rule.fields)) >= MAX_FOLD_SEARCHES
+                if not math.isfinite(check.difference) or members[0].blocks or hopeless:
+                    continue
+                if folds := find_folds(subject, small, share, check.same):
+                    return replace(rule, folds=folds)
+                failed[frozenset(rule.fields)] += 1
         return None
 
     if cached is None:
@@ -145,16 +146,27 @@ def rebuild(model: PreTrainedModel, solver: ConfigSolver, kept: Kept, check: Log
         PlanError: there is none.
     """
     reason = ""
-    for small in candidates(model, solver, kept):
-        if check.same(small):
-            return small
-        reason = f"{type(small).__name__} cannot run with these sizes"
-        if math.isfinite(check.difference):
-            reason = (
-                f"{type(small).__name__} builds the shapes but computes something else (logits differ by "
-                f"{check.difference:.2g}): it derives a constant from a size that was cut"
-            )
+    try:
+        for small in candidates(model, solver, kept):
+            if check.same(small):
+                return small
+            reason = f"{type(small).__name__} cannot run with these sizes"
+            if math.isfinite(check.difference):
+                reason = (
+                    f"{type(small).__name__} builds the shapes but computes something else (logits differ by "
+                    f"{check.difference:.2g}): it derives a constant from a size that was cut"
+                )
+    except PlanError as error:
+        reason = str(error)
+    if solver.groups.removed_blocks(kept):
+        reason += "; if the class fixes which layers are of which kind, keep the first ones (--layer-choice first)"
     raise PlanError(reason)
+
+
+def _tried(model: PreTrainedModel, solver: ConfigSolver, kept: Kept) -> Iterator[PreTrainedModel]:
+    """`candidates`, or nothing."""
+    with suppress(PlanError):
+        yield from candidates(model, solver, kept)
 
 
 def candidates(model: PreTrainedModel, solver: ConfigSolver, kept: Kept) -> Iterator[PreTrainedModel]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from secateur.discovery import discover
-from secateur.discovery.reference import Reference, plain_logits, probe_ids
+from secateur.discovery.reference import Reference, plain_logits
 from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError
 from secateur.groups import Groups, Kept
@@ -30,7 +30,6 @@ class LogitCheck:
     def __init__(self, model: PreTrainedModel, kept: Kept, reference: Reference | None = None) -> None:
         self.model = model
         self.kept = kept
-        self.ids = probe_ids(model)
         self.tolerance = TOLERANCE[model.dtype]
         self.difference = float("inf")
         if reference is not None:
@@ -42,13 +41,13 @@ class LogitCheck:
 
     @cached_property
     def wanted(self) -> Tensor:
-        return self.reference.logits(self.ids, self.kept)
+        return self.reference.logits(self.reference.ids, self.kept)
 
     def same(self, small: PreTrainedModel) -> bool:
         """Whether the logits agree to rounding; `difference` is the largest absolute one, infinite if it cannot run."""
         self.difference = float("inf")
         try:
-            wanted, logits = self.wanted, plain_logits(small, self.ids)
+            wanted, logits = self.wanted, plain_logits(small, self.reference.ids)
         except Exception:  # sizes that only the forward pass refuses, each class in its own way
             return False
         self.difference = float((logits - wanted).abs().max())
