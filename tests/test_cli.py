@@ -270,7 +270,7 @@ def test_ctrl_c_leaves_nothing(secateur, checkpoint_folder, text_file, tmp_path,
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.checkpoints, "verify_reload", interrupt)  # by then everything has been written
+    monkeypatch.setattr(pipeline.checkpoints, "verify_in_fresh_process", interrupt)  # by then everything has been written
     flags = ["--sparsity", 0.2, "--calibration", text_file, "--seq-len", 32]
     code, _, _ = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *flags)
     assert code == 130 and not list(tmp_path.iterdir())

@@ -2,11 +2,23 @@
 
 
 class SecateurError(Exception):
-    """Base of every error caused by input rather than by a defect; the command line exits with code 2 on it."""
+    """Base of every error that is told in one message.
+
+    Attributes:
+        exit_code: of the command line; 2 stands for input that is wrong.
+    """
+
+    exit_code = 2
 
 
 class CheckpointError(SecateurError):
     """A model folder or hub name that cannot be loaded or written."""
+
+
+class ParityError(CheckpointError):
+    """What was written is not what was meant. A defect, not the user's mistake: the command line exits with code 1."""
+
+    exit_code = 1
 
 
 class DataError(SecateurError):

@@ -92,7 +92,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         results["memory"] = peak_memory()
         used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
         checkpoints.write(small, folder, tokenizer=source.tokenizer, plan=used, results=results, base=source)
-        results["parity"] = {"max_logit_difference": checkpoints.verify_reload(folder, small)}
+        results["parity"] = checkpoints.verify_in_fresh_process(folder, small, source.tokenizer).to_json()
         write_json(folder / "results.json", results)
     return results
 
@@ -202,7 +202,7 @@ def recover_checkpoint(
         results["timing"], results["memory"] = clock.seconds, peak_memory()
         checkpoints.write(outcome.model, folder, tokenizer=source.tokenizer, results=results, base=source)
         shutil.copytree(outcome.adapter, folder / "adapter")
-        results["parity"] = {"max_logit_difference": checkpoints.verify_reload(folder, outcome.model)}
+        results["parity"] = checkpoints.verify_in_fresh_process(folder, outcome.model, source.tokenizer).to_json()
         write_json(folder / "results.json", results)
     shutil.rmtree(work, ignore_errors=True)
     return results

@@ -3,12 +3,13 @@
 from secateur.checkpoint.adapted import save_adapted
 from secateur.checkpoint.folders import output_folder
 from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton
-from secateur.checkpoint.parity import check_same_logits, verify_reload
+from secateur.checkpoint.parity import Parity, check_same_logits, verify_in_fresh_process, verify_reload
 from secateur.checkpoint.saving import save, write
 
 __all__ = [
     "BUNDLED",
     "Checkpoint",
+    "Parity",
     "check_same_logits",
     "checkpoint_sha256",
     "load",
@@ -16,6 +17,7 @@ __all__ = [
     "output_folder",
     "save",
     "save_adapted",
+    "verify_in_fresh_process",
     "verify_reload",
     "write",
 ]

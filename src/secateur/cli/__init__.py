@@ -38,4 +38,4 @@ def main() -> None:
         app()
     except SecateurError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(error.exit_code)

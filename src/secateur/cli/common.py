@@ -48,4 +48,14 @@ def print_results(results: dict[str, Any]) -> None:
     for family, reason in results.get("left_whole", {}).items():
         out.print(f"left whole: {family}: {reason}", soft_wrap=True)
     if "parity" in results:
-        out.print(f"reloaded with from_pretrained: logits differ by {results['parity']['max_logit_difference']:.1e}")
+        print_parity(results["parity"])
+
+
+def print_parity(parity: dict[str, Any]) -> None:
+    """One line on what was loaded again."""
+    out.print(
+        f"loaded again in a fresh process: logits differ by {parity['max_logit_difference']:.1e}, perplexity "
+        f"{parity['perplexity_before']:.4f} before and {parity['perplexity_after']:.4f} after "
+        f"({parity['tokens']} tokens: {parity['text']})",
+        soft_wrap=True,
+    )

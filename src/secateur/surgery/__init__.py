@@ -2,7 +2,8 @@
 
 from secateur.surgery.expressible import Expressible, expressible
 from secateur.surgery.masking import mask
+from secateur.surgery.padding import pad
 from secateur.surgery.proof import OFFERED_KINDS, Proof, prove
 from secateur.surgery.slicing import slice
 
-__all__ = ["OFFERED_KINDS", "Expressible", "Proof", "expressible", "mask", "prove", "slice"]
+__all__ = ["OFFERED_KINDS", "Expressible", "Proof", "expressible", "mask", "pad", "prove", "slice"]

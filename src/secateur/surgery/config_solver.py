@@ -22,18 +22,15 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups, Kept
-from secateur.surgery.config_fields import NOT_ARGUMENTS, kept_entries, kept_indices, rebuilt, values_of
+from secateur.surgery.config_fields import kept_entries, kept_indices, rebuilt, values_of
 from secateur.surgery.field_rule import FieldRule, Findings, candidate_rules
+from secateur.surgery.lenient import lenient_targets
 from secateur.surgery.shapes import Shapes, build_on_meta, expected_shapes, shapes_of
 from secateur.surgery.ties import explaining_families, tie_edits, tie_shares
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# Stock classes that accept widths which other classes refuse (head counts that do not divide `hidden_size`). A model
-# is saved as one of them only if its own class refuses, and only if names, shapes and logits are all the same.
-LENIENT_MODEL_TYPES = ("mistral",)
-TRIVIAL: tuple[Any, ...] = (None, False, 0, 1, [], {})  # values of fields that another class may go without
 MAX_TIE_EDITS = 250
 MAX_BUILDS = 1500  # models built without weights in search of rules, until what is left counts as not expressible
 
@@ -131,7 +128,7 @@ class ConfigSolver:
         """
         rules = self.rules_for(kept)
         layers = {rule: kept[self._families[rule.families[0]][0].name] for rule, _ in rules if rule.follows_layers}
-        return rebuilt(config, _changes(self._values(config), rules, layers))
+        return rebuilt(config, scaled_fields(self._values(config), rules, layers))
 
     def feasible(self, family: str, count: int) -> bool:
         """Whether some target class can be configured for `count` units in every group of the family.
@@ -262,7 +259,7 @@ class ConfigSolver:
         model_class, config = target
         layers = {rule: kept[self._families[rule.families[0]][0].name]} if rule.follows_layers else {}
         try:
-            changes = _changes(self._values(config), [(rule, share)], layers)
+            changes = scaled_fields(self._values(config), [(rule, share)], layers)
         except PlanError:
             return None
         key = f"{model_class.__name__} {sorted(changes.items())}"
@@ -276,23 +273,9 @@ class ConfigSolver:
         return self._built[key]
 
     def _same_parameters(self) -> Iterator[Target]:
-        from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
-        for model_type in LENIENT_MODEL_TYPES:
-            if model_type == self.config.model_type:
-                continue
-            config_class = CONFIG_MAPPING[model_type]
-            known = set(config_class().to_dict()) - set(NOT_ARGUMENTS)
-            mine = {k: v for k, v in self.config.to_dict().items() if k not in NOT_ARGUMENTS}
-            if any(v not in TRIVIAL for k, v in mine.items() if k not in known):
-                continue  # it means something that this class would not do, perhaps only to longer texts than a trial's
-            values = {k: v for k, v in mine.items() if k in known}
-            if "sliding_window" in known:
-                values["sliding_window"] = getattr(self.config, "sliding_window", None)
+        for model_class, config in lenient_targets(self.config.model_type, self.config.to_dict()):
+            config.dtype = self.config.dtype
             try:
-                config = config_class(**values)
-                config.dtype = self.config.dtype
-                model_class = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
                 same = shapes_of(build_on_meta(model_class, config)) == expected_shapes(self.groups, {})
             except Exception:  # a class that cannot take these sizes is no alternative
                 continue
@@ -300,7 +283,7 @@ class ConfigSolver:
                 yield model_class, config
 
 
-def _changes(
+def scaled_fields(
     before: Mapping[str, Any],
     rules: Sequence[tuple[FieldRule, Fraction]],
     layers: Mapping[FieldRule, Sequence[int]],
