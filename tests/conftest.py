@@ -7,12 +7,15 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from secateur import cli
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -84,3 +87,20 @@ def text_file(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "stories.txt"
     file.write_text("\n".join(story(s) for s in range(20, 32)) + "\n")
     return file
+
+
+@pytest.fixture
+def secateur(monkeypatch, capfd):
+    """The command line: arguments -> exit code, standard output and standard error."""
+    monkeypatch.setattr(cli.out, "width", 160)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return (code, *capfd.readouterr())
+
+    return run

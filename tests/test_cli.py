@@ -13,23 +13,6 @@ from secateur import cli, pipeline
 from secateur.config import load_recipe
 
 
-def run(monkeypatch, capfd, *arguments):
-    """Exit code, standard output and standard error of `secateur ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    return (code, *capfd.readouterr())
-
-
-@pytest.fixture
-def secateur(monkeypatch, capfd):
-    monkeypatch.setattr(cli.out, "width", 160)
-    return lambda *arguments: run(monkeypatch, capfd, *arguments)
-
-
 @pytest.fixture(scope="module")
 def pruned(checkpoint_folder, text_file, tmp_path_factory):
     """A folder made by `secateur prune`."""
@@ -91,6 +74,7 @@ def test_prune_and_recover_in_one_command(secateur, checkpoint_folder, text_file
     assert code == 0, err
     assert {f.name for f in (tmp_path / "o").iterdir()} >= {"plan.json", "adapter", "config.json", "results.json"}
     assert [f.name for f in tmp_path.iterdir()] == ["o"]
+    assert f"base_model: {checkpoint_folder}\n" in (tmp_path / "o" / "README.md").read_text()
 
 
 def test_kinds_by_name_with_a_share_of_their_own(secateur, checkpoint_folder, text_file, tmp_path):
@@ -270,7 +254,9 @@ def test_ctrl_c_leaves_nothing(secateur, checkpoint_folder, text_file, tmp_path,
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline.checkpoints, "verify_in_fresh_process", interrupt)  # by then everything has been written
+    monkeypatch.setattr(
+        pipeline.checkpoints, "verify_in_fresh_process", interrupt
+    )  # by then everything has been written
     flags = ["--sparsity", 0.2, "--calibration", text_file, "--seq-len", 32]
     code, _, _ = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *flags)
     assert code == 130 and not list(tmp_path.iterdir())

@@ -1,5 +1,7 @@
 """Models whose layers differ in width, padded with zeros to stock models."""
 
+import json
+
 import pytest
 import torch
 from families import make
@@ -89,3 +91,20 @@ def test_experts_that_a_router_would_still_choose_are_refused():
     model = built("mixtral", {1: {"num_local_experts": 3}}, num_local_experts=4)
     with pytest.raises(PlanError, match="cannot be padded"):
         pad(model)
+
+
+def test_prune_writes_the_tier_that_is_asked_for(checkpoint_folder, text_file, tmp_path, secateur):
+    flags = ["--sparsity", 0.2, "--criterion", "l2", "--protect-first", 1, "--calibration", text_file,
+             "--samples", 2, "--seq-len", 16]  # fmt: skip
+    found = {}
+    for tier in ("per-layer", "padded"):
+        code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / tier, "--tier", tier, *flags)
+        assert code == 0, err
+        found[tier] = json.loads((tmp_path / tier / "results.json").read_text())
+        assert found[tier]["tier"]["chosen"] == tier
+        costs = {t["name"]: t["parameters"] for t in found[tier]["tier"]["tiers"]}
+        assert found[tier]["params"]["pruned"] == costs[tier]
+        assert costs["uniform"] is None and costs["per-layer"] < costs["padded"] <= found[tier]["params"]["dense"]
+    assert "auto_map" not in json.loads((tmp_path / "padded" / "config.json").read_text())
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / tier) for tier in found)
+    assert difference(a, b) < 1e-5

@@ -58,11 +58,17 @@ class PruneSettings(Section):
     gradient_checkpointing: bool = False
     calibration: CalibrationSettings = CalibrationSettings()
     uniform: bool = True
+    tier: Literal["auto", "uniform", "per-layer", "padded"] = "auto"
     round_to: int = Field(1, ge=1)
     protect_first: int = Field(0, ge=0)
     protect_last: int = Field(0, ge=0)
     layer_ratios: dict[int, float] | None = None
     layer_choice: Literal["importance", "first"] = "importance"
+
+    @property
+    def same_widths(self) -> bool:
+        """Whether every layer gets the same widths, by the tier if one is asked for."""
+        return self.uniform if self.tier == "auto" else self.tier == "uniform"
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneSettings:

@@ -24,11 +24,12 @@ from secateur.config import EvaluationSettings, PruneSettings, Recipe, RecoverSe
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, CheckpointError, PlanError, RecipeError
 from secateur.evaluation import perplexity
+from secateur.export.tiers import plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Random, Taylor
 from secateur.methods import llm_pruner
 from secateur.plan import PruningPlan
 from secateur.recovery import RecoverySettings, recover
-from secateur.surgery import slice
+from secateur.surgery import pad, slice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -83,6 +84,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         clock.begin("evaluate_dense")
         add_perplexity(results, "dense", source, source.model, recipe.evaluation)
         small, used = _cut(source, recipe, plan, clock, results)
+        small = in_tier(small, wanted.tier, results)
         clock.begin("evaluate_pruned")
         add_perplexity(results, "pruned", source, small, recipe.evaluation)
         clock.end()
@@ -116,6 +118,16 @@ def _cut(
     return result.model, result.plan
 
 
+def in_tier(small: PreTrainedModel, wanted: str, results: Results) -> PreTrainedModel:
+    """The model in the form asked for, `auto` being the plainest that loses nothing; what each would cost is noted."""
+    found = tiers(small)
+    chosen = next((t for t in found if t.name == wanted), plainest(found))
+    if chosen.parameters is None:
+        raise PlanError(f"the tier {wanted} is not possible: {chosen.reason}")
+    results["tier"] = {"chosen": chosen.name, "tiers": [t.to_json() for t in found]}
+    return pad(small) if chosen.name == "padded" else small
+
+
 def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     """The method's settings that a recipe describes."""
     unlimited = prune.param_sparsity is None and prune.unit_sparsity is None
@@ -132,7 +144,7 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
         reduction=prune.reduction,
         ranking=prune.ranking,
         iterations=prune.iterations,
-        uniform=prune.uniform,
+        uniform=prune.same_widths,
         round_to=prune.round_to,
         protect_first=prune.protect_first,
         protect_last=prune.protect_last,
@@ -200,7 +212,8 @@ def recover_checkpoint(
             "log": outcome.log,
         }
         results["timing"], results["memory"] = clock.seconds, peak_memory()
-        checkpoints.write(outcome.model, folder, tokenizer=source.tokenizer, results=results, base=source)
+        base = replace(source, source=recipe.model.source)  # not the pruned folder in between
+        checkpoints.write(outcome.model, folder, tokenizer=source.tokenizer, results=results, base=base)
         shutil.copytree(outcome.adapter, folder / "adapter")
         results["parity"] = checkpoints.verify_in_fresh_process(folder, outcome.model, source.tokenizer).to_json()
         write_json(folder / "results.json", results)

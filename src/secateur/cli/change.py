@@ -49,6 +49,11 @@ def prune(
         str | None, typer.Option(help="For layer-wise: importance, or first (keep the first ones).")
     ] = None,
     uniform: Annotated[bool, typer.Option("--uniform/--per-layer", help="The same widths in every layer.")] = True,
+    tier: Annotated[
+        str | None,
+        typer.Option(help="Form of the result: uniform or padded (any loader), per-layer (comes with a class file), "
+                     "auto (the plainest that loses nothing)."),
+    ] = None,
     round_to: Annotated[int | None, typer.Option(help="Make channel counts multiples of this.")] = None,
     protect_first: Annotated[int | None, typer.Option(help="Layers at the start to leave whole.")] = None,
     protect_last: Annotated[int | None, typer.Option(help="Layers at the end to leave whole.")] = None,
@@ -87,6 +92,7 @@ def prune(
                 "gradient_checkpointing": gradient_checkpointing,
                 "layer_choice": layer_choice,
                 "uniform": uniform,
+                "tier": tier,
                 "round_to": round_to,
                 "protect_first": protect_first,
                 "protect_last": protect_last,

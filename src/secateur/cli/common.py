@@ -47,6 +47,8 @@ def print_results(results: dict[str, Any]) -> None:
         out.print(table)
     for family, reason in results.get("left_whole", {}).items():
         out.print(f"left whole: {family}: {reason}", soft_wrap=True)
+    if "tier" in results:
+        print_tiers(results["tier"])
     if "parity" in results:
         print_parity(results["parity"])
 
@@ -59,3 +61,14 @@ def print_parity(parity: dict[str, Any]) -> None:
         f"({parity['tokens']} tokens: {parity['text']})",
         soft_wrap=True,
     )
+
+
+def print_tiers(tier: dict[str, Any]) -> None:
+    """The form of the result, and what the others would have cost."""
+    length = tier["tiers"][0]["prompt_length"]
+    table = Table("tier", "parameters", "bytes", f"MACs of {length} tokens", "loads with")
+    for t in tier["tiers"]:
+        name = f"{t['name']} (written)" if t["name"] == tier["chosen"] else t["name"]
+        figures = [f"{t[k]:,}" if t[k] is not None else "" for k in ("parameters", "bytes", "macs")]
+        table.add_row(name, *figures, t["reason"] or t["loads_with"])
+    out.print(table)

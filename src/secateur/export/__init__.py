@@ -1,0 +1,1 @@
+"""Other forms of a checkpoint: tiers and what they cost, GGUF for llama.cpp, layouts of vLLM."""
