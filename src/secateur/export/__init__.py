@@ -1,1 +1,7 @@
 """Other forms of a checkpoint: tiers and what they cost, GGUF for llama.cpp, layouts of vLLM."""
+
+from secateur.export.gguf import GGUFExport, export_gguf
+from secateur.export.llama_cpp import LlamaCppParity, compare
+from secateur.export.tiers import Tier, plainest, tiers
+
+__all__ = ["GGUFExport", "LlamaCppParity", "Tier", "compare", "export_gguf", "plainest", "tiers"]
