@@ -235,6 +235,17 @@ def test_attention_implementations_agree_and_reach_every_layer(small):
     assert torch.allclose(logits["eager"], logits["sdpa"], atol=1e-5)
 
 
+def test_compiled_equals_eager():
+    """One graph over unequal layers; the backend is one that needs no C compiler."""
+    widths = {1: {"intermediate_size": 20, "num_key_value_heads": 1}, 2: {"skip": ["attention"]}, 3: {"skip": ["mlp"]}}
+    model = built("llama", widths, num_hidden_layers=4)
+    ids = probe_ids(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits, atol=1e-6)
+    torch.compiler.reset()
+
+
 def built(model_type, per_layer, **sizes):
     """A per-layer model made from a configuration, with random weights."""
     torch.manual_seed(0)

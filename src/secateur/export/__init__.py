@@ -3,5 +3,17 @@
 from secateur.export.gguf import GGUFExport, export_gguf
 from secateur.export.llama_cpp import LlamaCppParity, compare
 from secateur.export.tiers import Tier, plainest, tiers
+from secateur.export.vllm import VllmExport, export_vllm, vllm_notes
 
-__all__ = ["GGUFExport", "LlamaCppParity", "Tier", "compare", "export_gguf", "plainest", "tiers"]
+__all__ = [
+    "GGUFExport",
+    "LlamaCppParity",
+    "Tier",
+    "VllmExport",
+    "compare",
+    "export_gguf",
+    "export_vllm",
+    "plainest",
+    "tiers",
+    "vllm_notes",
+]
