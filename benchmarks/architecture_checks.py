@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import zoo
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from secateur.allocation import Budget, allocate
 from secateur.discovery import discover
@@ -126,7 +126,7 @@ def without_weights(model: PreTrainedModel) -> Record:
     real = build_groups(model, run_trace(model, fake=False))[0]
     try:
         with torch.device("meta"):
-            bare = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32).eval()
+            bare = type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32).eval()
         return {"same": fingerprint(discover(bare)) == fingerprint(real)}
     except Exception as error:  # a model may need its weights; that is a result too
         return {"same": None, "reason": reason(error)}
@@ -161,7 +161,8 @@ def round_trip(model: PreTrainedModel, groups: Groups) -> Record:
         small = slice(model, plan, groups)
         with tempfile.TemporaryDirectory() as folder, quiet_transformers():
             small.save_pretrained(folder)
-            again = AutoModelForCausalLM.from_pretrained(folder).eval()
+            known = type(small.config) in MODEL_FOR_CAUSAL_LM_MAPPING  # the class behind a composite's name is not
+            again = (AutoModelForCausalLM if known else type(small)).from_pretrained(folder).eval()
     except Exception as error:  # a class may fail in any way it likes
         return found | {"reason": reason(error)}
     ids = probe_ids(model)

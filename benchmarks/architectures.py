@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from secateur.pipeline import PACKAGES, write_json
 
 RESULTS = Path(__file__).parent / "results" / "architectures"
-TIME_LIMIT = 180.0  # seconds per model
+TIME_LIMIT = 300.0  # seconds per model
 
 
 def chosen_types(only: str | None, part: str | None) -> list[str]:

@@ -109,6 +109,8 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
 
     def accept(rule: FieldRule, share: Fraction) -> FieldRule | None:
         members = [g for g in oracle().groups if g.family in rule.families]
+        if len({g.family for g in members}) < len(rule.families):  # a twin may be too shallow to have them all
+            return None
         if any((share * g.units).denominator != 1 for g in members):  # a shallow twin has fewer layers
             share = Fraction(1, 2)
         subject = oracle().model
