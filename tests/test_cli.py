@@ -9,8 +9,9 @@ import pytest
 from conftest import story
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
-from secateur import cli, pipeline
+from secateur import checkpoint, cli
 from secateur.config import load_recipe
+from secateur.pipeline import recipes
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def test_run_and_resume(secateur, small_recipe, tmp_path, monkeypatch):
     code, _, err = secateur("run", small_recipe, "prune.param_sparsity=0.3", "-o", output, "--resume")
     assert code == 2 and "another recipe" in err
     shutil.rmtree(output / "recovered")
-    monkeypatch.setattr(pipeline, "prune", None)  # a finished stage must not be run again
+    monkeypatch.setattr(recipes, "prune", None)  # a finished stage must not be run again
     code, _, err = secateur("run", small_recipe, "-o", output, "--resume")
     assert code == 0, err
     assert (output / "recovered" / "results.json").exists()
@@ -254,9 +255,7 @@ def test_ctrl_c_leaves_nothing(secateur, checkpoint_folder, text_file, tmp_path,
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(
-        pipeline.checkpoints, "verify_in_fresh_process", interrupt
-    )  # by then everything has been written
+    monkeypatch.setattr(checkpoint, "verify_in_fresh_process", interrupt)  # by then everything has been written
     flags = ["--sparsity", 0.2, "--calibration", text_file, "--seq-len", 32]
     code, _, _ = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *flags)
     assert code == 130 and not list(tmp_path.iterdir())

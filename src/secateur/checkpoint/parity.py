@@ -60,7 +60,7 @@ def verify_in_fresh_process(
     Raises:
         ParityError: it does not load, or gives other logits.
     """
-    ids, text = _probe(model, tokenizer)
+    ids, text = probe(model, tokenizer)
     wanted = _logits(model, ids)
     # a class that comes with the checkpoint must load from there
     trust = "trust" if "auto_map" in json.loads((folder / "config.json").read_text()) else "plain"
@@ -107,7 +107,7 @@ def check_same_logits(model: PreTrainedModel, again: PreTrainedModel) -> float:
     Raises:
         ParityError: it is more than rounding.
     """
-    ids, _ = _probe(model, None)
+    ids, _ = probe(model, None)
     return _checked_difference(_logits(model, ids), _logits(again, ids))
 
 
@@ -118,7 +118,7 @@ def _checked_difference(wanted: Tensor, logits: Tensor) -> float:
     return difference
 
 
-def _probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Tensor, str]:
+def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> tuple[Tensor, str]:
     """Token ids [1, length] and what they are; no longer than the model's positions."""
     length = min(PROBE_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_TOKENS)
     vocabulary = model.get_input_embeddings().weight.shape[0]

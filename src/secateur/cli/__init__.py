@@ -11,6 +11,7 @@ from secateur.cli.change import prune, recover
 from secateur.cli.common import out
 from secateur.cli.inspect import bench, eval_, groups
 from secateur.cli.recipes import demo, recipes_app, run
+from secateur.cli.ship import export
 from secateur.errors import SecateurError
 
 __all__ = ["app", "main", "out"]
@@ -26,6 +27,7 @@ app.command()(prune)
 app.command()(recover)
 app.command(name="eval")(eval_)
 app.command()(bench)
+app.command()(export)
 app.command()(run)
 app.add_typer(recipes_app, name="recipes")
 app.command()(demo)

@@ -1,0 +1,21 @@
+"""The steps of the whole job, each from one checkpoint folder to the next, and the recipe that joins them."""
+
+from secateur.pipeline.measuring import benchmark, evaluate
+from secateur.pipeline.pruning import prune
+from secateur.pipeline.recipes import run_recipe
+from secateur.pipeline.recovering import prune_and_recover, recover_checkpoint
+from secateur.pipeline.results import PACKAGES, load_model, write_json
+from secateur.pipeline.shipping import export
+
+__all__ = [
+    "PACKAGES",
+    "benchmark",
+    "evaluate",
+    "export",
+    "load_model",
+    "prune",
+    "prune_and_recover",
+    "recover_checkpoint",
+    "run_recipe",
+    "write_json",
+]

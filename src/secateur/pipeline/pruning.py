@@ -1,0 +1,140 @@
+"""From a checkpoint to a smaller one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from secateur import checkpoint as checkpoints
+from secateur.allocation import Budget
+from secateur.checkpoint import Checkpoint, output_folder
+from secateur.config import PruneSettings, Recipe
+from secateur.data import calibration_tokens, load_corpus
+from secateur.errors import BudgetError, PlanError
+from secateur.export import plainest, tiers
+from secateur.importance import CRITERIA, Criterion, Random, Taylor
+from secateur.methods import llm_pruner
+from secateur.pipeline.results import (
+    Clock,
+    Results,
+    add_perplexity,
+    header,
+    load_model,
+    needs_tokenizer,
+    peak_memory,
+    write_json,
+)
+from secateur.plan import PruningPlan
+from secateur.surgery import pad, slice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: bool = False) -> Results:
+    """Prune the recipe's model into the folder `output`, evaluated before and after on the recipe's texts.
+
+    Args:
+        plan: replay this plan instead of scoring.
+
+    Raises:
+        SecateurError: for anything wrong with the input; nothing is written then.
+    """
+    wanted = recipe.prune
+    if plan is None and wanted.param_sparsity is None and wanted.unit_sparsity is None and not wanted.kind_ratios:
+        raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
+    with output_folder(output, overwrite=overwrite) as folder:
+        clock = Clock()
+        clock.begin("load")
+        source = load_model(recipe, to_change=True)
+        dense = source.model.num_parameters()
+        results = header("prune", source, recipe)
+        results["perplexity"] = {}
+        clock.begin("evaluate_dense")
+        add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+        small, used = _cut(source, recipe, plan, clock, results)
+        small = in_tier(small, wanted.tier, results)
+        clock.begin("evaluate_pruned")
+        add_perplexity(results, "pruned", source, small, recipe.evaluation)
+        clock.end()
+        pruned = small.num_parameters()
+        results["params"] = {"dense": dense, "pruned": pruned, "sparsity": round(1 - pruned / dense, 6)}
+        results["timing"] = clock.seconds
+        results["memory"] = peak_memory()
+        used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
+        checkpoints.write(small, folder, tokenizer=source.tokenizer, plan=used, results=results, base=source)
+        results["parity"] = checkpoints.verify_in_fresh_process(folder, small, source.tokenizer).to_json()
+        write_json(folder / "results.json", results)
+    return results
+
+
+def _cut(
+    source: Checkpoint, recipe: Recipe, plan: Path | None, clock: Clock, results: Results
+) -> tuple[PreTrainedModel, PruningPlan]:
+    """The smaller model and the plan behind it, chosen now or replayed."""
+    if plan is not None:
+        replayed = PruningPlan.load(plan)
+        made_for = replayed.provenance.get("model_sha256")
+        if made_for and made_for != source.sha256:
+            raise PlanError(
+                f"{plan} was made for another model: sha256 {made_for[:12]}..., here {str(source.sha256)[:12]}..."
+            )
+        clock.begin("cut")
+        return slice(source.model, replayed), replayed
+    batches = [calibration_batch(source, recipe, results)]
+    result = llm_pruner.run(source.model, batches, method_settings(recipe.prune, recipe.seed), clock.begin)
+    results["left_whole"] = dict(result.left_whole)
+    return result.model, result.plan
+
+
+def in_tier(small: PreTrainedModel, wanted: str, results: Results) -> PreTrainedModel:
+    """The model in the form asked for, `auto` being the plainest that loses nothing; what each would cost is noted."""
+    found = tiers(small)
+    chosen = next((t for t in found if t.name == wanted), plainest(found))
+    if chosen.parameters is None:
+        raise PlanError(f"the tier {wanted} is not possible: {chosen.reason}")
+    results["tier"] = {"chosen": chosen.name, "tiers": [t.to_json() for t in found]}
+    return pad(small) if chosen.name == "padded" else small
+
+
+def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
+    """The method's settings that a recipe describes."""
+    unlimited = prune.param_sparsity is None and prune.unit_sparsity is None
+    criterion: Criterion = CRITERIA[prune.criterion]
+    if isinstance(criterion, Random):
+        criterion = replace(criterion, seed=seed)
+    if isinstance(criterion, Taylor):
+        criterion = replace(criterion, gradient_checkpointing=prune.gradient_checkpointing)
+    return llm_pruner.LLMPruner(
+        budget=None if unlimited else Budget(prune.param_sparsity, prune.unit_sparsity),
+        criterion=criterion,
+        mode=prune.mode,
+        kinds=prune.kinds or (tuple(prune.kind_ratios) if unlimited else ()),
+        reduction=prune.reduction,
+        ranking=prune.ranking,
+        iterations=prune.iterations,
+        uniform=prune.same_widths,
+        round_to=prune.round_to,
+        protect_first=prune.protect_first,
+        protect_last=prune.protect_last,
+        layer_ratios=prune.layer_ratios,
+        kind_ratios=prune.kind_ratios,
+        layer_choice=prune.layer_choice,
+    )
+
+
+def calibration_batch(source: Checkpoint, recipe: Recipe, results: Results) -> torch.Tensor:
+    """Calibration tokens [samples, seq_len]; where they come from goes into the protocol."""
+    wanted = recipe.prune.calibration
+    corpus = load_corpus(wanted.source, field=wanted.field)
+    tokens = calibration_tokens(corpus, needs_tokenizer(source), wanted.samples, wanted.seq_len, recipe.seed)
+    results["protocol"]["calibration"] = {
+        "source": wanted.source,
+        "sha256": corpus.sha256,
+        "samples": wanted.samples,
+        "seq_len": wanted.seq_len,
+    }
+    return tokens

@@ -1,0 +1,57 @@
+"""The whole job by a recipe, each stage a folder, resumed where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from secateur.benchmark import bench
+from secateur.config import Recipe, dump_recipe
+from secateur.errors import CheckpointError, RecipeError
+from secateur.pipeline.pruning import prune
+from secateur.pipeline.recovering import joined, recover_checkpoint
+from secateur.pipeline.results import Results, load_model, write_json
+
+
+def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
+    """Run a recipe from start to end into a run folder: `pruned/`, `recovered/`, `recipe.yaml`, `results.json`.
+
+    With `resume`, stages whose folder is complete are not repeated, and training goes on from its last checkpoint.
+
+    Raises:
+        SecateurError: for anything wrong with the input, or a run folder made by another recipe.
+    """
+    _open_run(recipe, output, resume, overwrite)
+    pruned, recovered = output / "pruned", output / "recovered"
+    results = _finished(pruned) or prune(recipe, pruned)
+    if recipe.recovery is not None:
+        after = _finished(recovered) or recover_checkpoint(recipe, pruned, recovered, resume=resume)
+        results = joined(results, after)
+    if recipe.benchmark:
+        dense = load_model(recipe)
+        small = load_model(recipe, recovered if recipe.recovery else pruned)
+        results["benchmark"] = bench(small.model, against=dense.model).to_json()
+    results["command"] = "run"
+    write_json(output / "results.json", results)
+    return results
+
+
+def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
+    """Make the run folder, or check that the one to resume belongs to this recipe."""
+    text = dump_recipe(recipe)
+    file = output / "recipe.yaml"
+    if resume and file.exists() and file.read_text() != text:
+        raise RecipeError(f"{output} holds a run of another recipe ({file}); choose another output folder")
+    if output.exists() and any(output.iterdir()) and not resume:
+        if not overwrite:
+            raise CheckpointError(f"{output} exists and is not empty; choose another folder, --resume or --overwrite")
+        shutil.rmtree(output)
+    output.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+
+
+def _finished(folder: Path) -> Results | None:
+    """The results of a stage that was completed before (folders appear only when complete)."""
+    file = folder / "results.json"
+    return json.loads(file.read_text()) if file.exists() else None

@@ -1,0 +1,115 @@
+"""From a pruned checkpoint to a recovered one."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from secateur import checkpoint as checkpoints
+from secateur.checkpoint import output_folder
+from secateur.config import Recipe, RecoverSettings
+from secateur.data import load_corpus
+from secateur.pipeline.pruning import prune
+from secateur.pipeline.results import (
+    Clock,
+    Results,
+    add_perplexity,
+    header,
+    load_model,
+    needs_tokenizer,
+    peak_memory,
+    values,
+    write_json,
+)
+from secateur.recovery import RecoverySettings, recover
+
+
+def recover_checkpoint(
+    recipe: Recipe, folder_in: Path | str, output: Path, *, resume: bool = False, overwrite: bool = False
+) -> Results:
+    """Recover a (pruned) checkpoint with LoRA into the folder `output`: merged model, and the adapter beside it.
+
+    Training checkpoints lie in `<output>.work` until the run ends; `resume` continues from the last one.
+
+    Raises:
+        SecateurError: for anything wrong with the input.
+    """
+    assert recipe.recovery is not None
+    settings = recipe.recovery
+    work = output.with_name(output.name + ".work")
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    with output_folder(output, overwrite=overwrite) as folder:
+        clock = Clock()
+        clock.begin("load")
+        source = load_model(recipe, folder_in, to_change=True)
+        results = header("recover", source, recipe)
+        results["perplexity"] = {}
+        corpora = [load_corpus(name, field=settings.field) for name in settings.data]
+        clock.begin("evaluate_pruned")
+        add_perplexity(results, "pruned", source, source.model, recipe.evaluation)
+        clock.begin("recover")
+        outcome = recover(
+            source.model,
+            needs_tokenizer(source),
+            corpora,
+            recovery_settings(settings, recipe.seed),
+            work,
+            evaluate=lambda model: values(source, model, recipe.evaluation),
+            resume=resume,
+        )
+        clock.begin("evaluate_recovered")
+        add_perplexity(results, "recovered", source, outcome.model, recipe.evaluation)
+        clock.end()
+        results["params"] = {"recovered": outcome.model.num_parameters()}
+        results["recovery"] = {
+            "settings": asdict(recovery_settings(settings, recipe.seed)),
+            "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
+            "log": outcome.log,
+        }
+        results["timing"], results["memory"] = clock.seconds, peak_memory()
+        base = replace(source, source=recipe.model.source)  # not the pruned folder in between
+        checkpoints.write(outcome.model, folder, tokenizer=source.tokenizer, results=results, base=base)
+        shutil.copytree(outcome.adapter, folder / "adapter")
+        results["parity"] = checkpoints.verify_in_fresh_process(folder, outcome.model, source.tokenizer).to_json()
+        write_json(folder / "results.json", results)
+    shutil.rmtree(work, ignore_errors=True)
+    return results
+
+
+def recovery_settings(settings: RecoverSettings, seed: int) -> RecoverySettings:
+    """What the recovery room needs of a recipe's recovery section."""
+    chosen = settings.model_dump(exclude={"data", "field"}, exclude_none=True)
+    return RecoverySettings(**chosen, seed=seed)
+
+
+def prune_and_recover(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: bool = False) -> Results:
+    """`prune` and `recover_checkpoint` in one go; only the recovered checkpoint is kept, with the plan beside it."""
+    with output_folder(output, overwrite=overwrite) as folder:
+        pruned = folder / "pruned"
+        results = prune(recipe, pruned, plan=plan)
+        after = recover_checkpoint(recipe, pruned, folder / "recovered")
+        results = joined(results, after)
+        for file in (folder / "recovered").iterdir():
+            shutil.move(str(file), folder / file.name)
+        shutil.move(str(pruned / "plan.json"), folder / "plan.json")
+        shutil.rmtree(pruned)
+        (folder / "recovered").rmdir()
+        write_json(folder / "results.json", results)
+    return results
+
+
+def joined(pruned: Results, recovered: Results) -> Results:
+    """The results of pruning with those of recovery filed beside them."""
+    perplexity = {name: dict(figures) for name, figures in pruned["perplexity"].items()}
+    for name, figures in recovered["perplexity"].items():
+        perplexity.setdefault(name, {}).update(recovered=figures["recovered"])
+    times = {k: v for k, v in recovered["timing"].items() if k in ("recover_s", "evaluate_recovered_s")}
+    return {
+        **pruned,
+        "perplexity": perplexity,
+        "timing": pruned["timing"] | times,
+        "recovery": recovered["recovery"],
+        "parity": recovered["parity"],
+    }

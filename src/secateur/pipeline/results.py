@@ -1,0 +1,141 @@
+"""What every command shares: loading by recipe, evaluation, and the parts of `results.json`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from secateur import checkpoint as checkpoints
+from secateur.checkpoint import Checkpoint
+from secateur.config import EvaluationSettings, Recipe
+from secateur.data import load_corpus
+from secateur.errors import CheckpointError
+from secateur.evaluation import perplexity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Results = dict[str, Any]
+SCHEMA = 1
+PACKAGES = ("secateur", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+
+
+@dataclass
+class Clock:
+    """Seconds spent in named steps, and who wants to know when one begins."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    quiet: bool = False
+    _name: str = ""
+    _since: float = 0.0
+
+    def begin(self, name: str) -> None:
+        """End the running step and begin `name`."""
+        self.end()
+        self._name, self._since = name, time.perf_counter()
+        if not self.quiet:
+            print(f"- {name}", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self._name:
+            spent = self.seconds.get(f"{self._name}_s", 0.0) + time.perf_counter() - self._since
+            self.seconds[f"{self._name}_s"] = round(spent, 3)
+            self._name = ""
+
+
+def load_model(recipe: Recipe, source: Path | str | None = None, *, to_change: bool = False) -> Checkpoint:
+    """The recipe's model, or another checkpoint loaded in the same way; `to_change` as in `checkpoint.load`."""
+    wanted = recipe.model
+    return checkpoints.load(
+        source or wanted.source,
+        dtype=wanted.dtype,
+        device=wanted.device,
+        trust_remote_code=wanted.trust_remote_code,
+        to_change=to_change,
+    )
+
+
+def needs_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    if source.tokenizer is None:
+        raise CheckpointError(f"{source.source} has no tokenizer, and text must be read; save one beside the model")
+    return source.tokenizer
+
+
+def header(command: str, source: Checkpoint, recipe: Recipe) -> Results:
+    """The part of `results.json` that every command has."""
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "model": {"source": str(source.source), "sha256": source.sha256, "architecture": source.architecture},
+        "protocol": {
+            "model_sha256": source.sha256,
+            "seed": recipe.seed,
+            "dtype": str(source.model.dtype).removeprefix("torch."),
+            "device": str(source.model.device),
+            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "settings": recipe.prune.model_dump(mode="json", exclude={"calibration"}) if command == "prune" else {},
+        },
+    }
+
+
+def measured(source: Checkpoint, model: PreTrainedModel, settings: EvaluationSettings) -> Iterator[tuple[str, Any]]:
+    """(name, Perplexity) for every text and length; the length is part of the name if there are several."""
+    for text in settings.texts:
+        corpus = load_corpus(text, field=settings.field)
+        for seq_len in settings.seq_len:
+            name = corpus.name if len(settings.seq_len) == 1 else f"{corpus.name}@{seq_len}"
+            yield (
+                name,
+                perplexity(
+                    model,
+                    needs_tokenizer(source),
+                    corpus,
+                    seq_len=seq_len,
+                    stride=settings.stride,
+                    bos=settings.bos,
+                    batch_size=settings.batch_size,
+                ),
+            )
+
+
+def values(source: Checkpoint, model: PreTrainedModel, settings: EvaluationSettings) -> dict[str, float]:
+    """Perplexity by name, nothing else."""
+    return {name: p.value for name, p in measured(source, model, settings)}
+
+
+def add_perplexity(
+    results: Results, stage: str, source: Checkpoint, model: PreTrainedModel, settings: EvaluationSettings
+) -> None:
+    """Measure one stage (`dense`, `pruned`, `recovered`) and file the values beside the others."""
+    for name, p in measured(source, model, settings):
+        facts = {k: v for k, v in p.to_json().items() if k != "value"}
+        results["perplexity"].setdefault(name, facts)[stage] = p.value
+
+
+def peak_memory() -> dict[str, int | None]:
+    """Peak resident memory of this process, and of the accelerator if there is one [bytes]."""
+    accelerator = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_rss_bytes": kilobytes * 1024, "peak_accelerator_bytes": accelerator}
+
+
+def write_json(path: Path, data: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Write JSON through a temporary file, so that a reader never sees half of it."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
