@@ -52,6 +52,7 @@ class GGUFExport:
         arch: llama.cpp's architecture.
         tensors: how many; `parameters`: how many numbers they hold, zeros for left-out sublayers included.
         bytes: size of the file.
+        context: tokens that the file says the model takes.
         notes: what was added or changed on the way, and where llama.cpp differs.
     """
 
@@ -61,6 +62,7 @@ class GGUFExport:
     tensors: int
     parameters: int
     bytes: int
+    context: int
     notes: tuple[str, ...]
 
 
@@ -102,6 +104,7 @@ def export_gguf(
         tensors=len(tensors),
         parameters=sum(int(np.prod(piece.shape)) for piece in tensors.values()),
         bytes=output.stat().st_size,
+        context=context,
         notes=(*_skip_notes(sizes), *window_note, *_type_notes(types, dtype), *words.notes),
     )
 

@@ -94,7 +94,8 @@ def _gguf(source: Checkpoint, folder: Path, dtype: str) -> Results:
     if not llama_cpp.available():
         return {"params": params, "export": facts | {"notes": [*done.notes, llama_cpp.NOT_VERIFIED]}}
     ids, text = probe(source.model, source.tokenizer)
-    parity = compare(done.path, source.model, ids[0].tolist())
+    prompt = ids[0, : max(1, done.context - llama_cpp.NEW_TOKENS - 1)].tolist()
+    parity = compare(done.path, source.model, prompt)
     if not parity.agrees(dtype):
         raise ParityError(
             f"llama.cpp computes something else from the file just written, so it was removed: log-probabilities "
