@@ -172,3 +172,11 @@ def test_kill_in_the_middle_leaves_no_folder_of_that_name(tmp_path):
     process.wait()
     time.sleep(0.1)
     assert not (tmp_path / "out").exists()
+
+
+def test_others_may_read_what_was_written(trained, tmp_path):
+    folder = save(trained, tmp_path / "out")
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {oct(f.stat().st_mode & 0o777) for f in folder.iterdir()} == {oct(0o666 & ~mask)}
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask

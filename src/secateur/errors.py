@@ -21,6 +21,10 @@ class ParityError(CheckpointError):
     exit_code = 1
 
 
+class StreamingError(CheckpointError):
+    """A checkpoint that can be cut, but only after it was loaded whole."""
+
+
 class DataError(SecateurError):
     """A text file or corpus that cannot be read, or holds too little."""
 

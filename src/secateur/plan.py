@@ -84,6 +84,18 @@ class PruningPlan:
             if not kept:
                 raise PlanError(f"the plan removes every unit of {name}; at least one must stay")
 
+    def check_checkpoint(self, sha256: str | None) -> None:
+        """Make sure that the plan was made for the checkpoint with this hash, if it says for which one it was made.
+
+        Raises:
+            PlanError: it was made for another one.
+        """
+        made_for = self.provenance.get("model_sha256")
+        if made_for and made_for != sha256:
+            raise PlanError(
+                f"the plan was made for another model: sha256 {made_for[:12]}..., here {str(sha256)[:12]}..."
+            )
+
     def compose(self, later: PruningPlan) -> PruningPlan:
         """This plan followed by `later`, which was made on the model this one leaves.
 

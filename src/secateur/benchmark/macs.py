@@ -10,6 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.discovery.setting import visible_implementations
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -34,6 +36,7 @@ def count_macs(model: PreTrainedModel, prompt_length: int) -> int:
     with (
         torch.no_grad(),
         FakeTensorMode(allow_non_fake_inputs=True),
+        visible_implementations(model),  # the products of grouped experts do not exist for every width
         sdpa_kernel(SDPBackend.MATH),  # the counter does not know the fused attention of the CPU
         FlopCounterMode(display=False, custom_mapping=GROUPED_PRODUCT) as counter,
     ):

@@ -4,14 +4,17 @@ from secateur.checkpoint.adapted import save_adapted
 from secateur.checkpoint.folders import output_folder
 from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton
 from secateur.checkpoint.parity import Parity, check_same_logits, verify_in_fresh_process, verify_reload
-from secateur.checkpoint.saving import save, write
+from secateur.checkpoint.saving import save, write, write_about
+from secateur.checkpoint.stream import StreamReport, cut_streaming
 
 __all__ = [
     "BUNDLED",
     "Checkpoint",
     "Parity",
+    "StreamReport",
     "check_same_logits",
     "checkpoint_sha256",
+    "cut_streaming",
     "load",
     "load_skeleton",
     "output_folder",
@@ -20,4 +23,5 @@ __all__ = [
     "verify_in_fresh_process",
     "verify_reload",
     "write",
+    "write_about",
 ]

@@ -58,11 +58,8 @@ def load(
 
     place = _place(source)
     config = _config(place, trust_remote_code)
-    if to_change and (quantised := getattr(config, "quantization_config", None)):
-        raise CheckpointError(
-            f"{source} is quantised ({_quant_method(quantised)}), and packed weights can be neither cut nor trained: "
-            "prune the float checkpoint it was made from, recover that, and quantise the result"
-        )
+    if to_change:
+        refuse_quantised(source, config)
     if isinstance(place, Path):
         _check_weights(place)
     try:
@@ -150,6 +147,21 @@ def _check_weights(folder: Path) -> None:
     """Open every safetensors file, so that damage is told by file name."""
     from safetensors import SafetensorError, safe_open
 
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    opened.get_slice(name).get_shape()
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or corrupted: {first_line(error)}; copy it again") from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder.
+
+    Raises:
+        CheckpointError: there are none, or a shard is missing.
+    """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
@@ -159,19 +171,13 @@ def _check_weights(folder: Path) -> None:
                 "safetensors first (load in a sandbox with transformers and call save_pretrained)"
             )
         raise CheckpointError(f"{folder} has no weights (*.safetensors)")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    opened.get_slice(name).get_shape()
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is truncated or corrupted: {first_line(error)}; copy it again") from error
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         wanted = set(json.loads(index.read_text())["weight_map"].values())
         missing = sorted(wanted - {f.name for f in files})
         if missing:
             raise CheckpointError(f"{folder} lacks the shard {missing[0]} that its index names; copy it again")
+    return files
 
 
 def _tokenizer(place: Path | str, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
@@ -190,6 +196,19 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     return found
+
+
+def refuse_quantised(source: str | Path, config: PreTrainedConfig) -> None:
+    """Make sure that the weights are plain numbers.
+
+    Raises:
+        CheckpointError: they are quantised.
+    """
+    if quantised := getattr(config, "quantization_config", None):
+        raise CheckpointError(
+            f"{source} is quantised ({_quant_method(quantised)}), and packed weights can be neither cut nor trained: "
+            "prune the float checkpoint it was made from, recover that, and quantise the result"
+        )
 
 
 def _quant_method(settings: Any) -> str:

@@ -53,6 +53,18 @@ def write(
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    write_about(model, folder, plan=plan, results=results, base=base)
+
+
+def write_about(
+    model: PreTrainedModel,
+    folder: Path,
+    *,
+    plan: PruningPlan | None = None,
+    results: Mapping[str, Any] | None = None,
+    base: Checkpoint | None = None,
+) -> None:
+    """What tells how the checkpoint in a folder came to be: plan.json, results.json, model card."""
     if plan is not None:
         plan.save(folder / "plan.json")
     if results is not None:

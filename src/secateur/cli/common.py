@@ -51,6 +51,11 @@ def print_results(results: dict[str, Any]) -> None:
         print_tiers(results["tier"])
     if "parity" in results:
         print_parity(results["parity"])
+    if "streaming" in results:
+        done = results["streaming"]
+        rate = done["bytes_written"] / max(done["seconds"], 1e-9) / 1e6
+        out.print(f"cut without loading the model: {done['bytes_written'] / 1e6:,.1f} MB written, {rate:,.0f} MB/s")
+        out.print(f"checked: {done['check']}", soft_wrap=True)
 
 
 def print_parity(parity: dict[str, Any]) -> None:

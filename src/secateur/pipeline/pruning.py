@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,10 @@ import torch
 
 from secateur import checkpoint as checkpoints
 from secateur.allocation import Budget
-from secateur.checkpoint import Checkpoint, output_folder
+from secateur.checkpoint import BUNDLED, Checkpoint, output_folder
 from secateur.config import PruneSettings, Recipe
 from secateur.data import calibration_tokens, load_corpus
-from secateur.errors import BudgetError, PlanError
+from secateur.errors import BudgetError, PlanError, StreamingError
 from secateur.export import plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Random, Taylor
 from secateur.methods import llm_pruner
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: bool = False) -> Results:
     """Prune the recipe's model into the folder `output`, evaluated before and after on the recipe's texts.
 
+    Where a plan is replayed on a local folder and nothing needs the model as such, it is cut without being loaded.
+
     Args:
         plan: replay this plan instead of scoring.
 
@@ -46,6 +49,11 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     wanted = recipe.prune
     if plan is None and wanted.param_sparsity is None and wanted.unit_sparsity is None and not wanted.kind_ratios:
         raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
+    if plan is not None and (place := _to_stream(recipe)):
+        try:
+            return _stream(recipe, place, output, plan, overwrite)
+        except StreamingError as error:
+            print(f"- the whole model is loaded, since it cannot be cut tensor by tensor: {error}", file=sys.stderr)
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
@@ -71,17 +79,44 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     return results
 
 
+def _to_stream(recipe: Recipe) -> Path | None:
+    """The folder to cut without loading the model; None if it is none, or the weights are needed for more than that."""
+    place = BUNDLED.get(recipe.model.source, Path(recipe.model.source))
+    more = recipe.evaluation.texts or recipe.recovery is not None or recipe.model.dtype is not None
+    return place if place.is_dir() and not more and recipe.prune.tier != "padded" else None
+
+
+def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bool) -> Results:
+    """Replay a plan on a checkpoint folder tensor by tensor."""
+    replayed = PruningPlan.load(plan)
+    with output_folder(output, overwrite=overwrite) as folder:
+        clock = Clock()
+        clock.begin("cut")
+        report = checkpoints.cut_streaming(
+            place, replayed, folder, trust_remote_code=recipe.model.trust_remote_code, progress=sys.stderr.isatty()
+        )
+        clock.end()
+        name, kind = str(recipe.model.source), report.source.config.model_type
+        source = Checkpoint(report.source, None, name, report.sha256, kind)
+        results = header("prune", source, recipe)
+        results["protocol"]["device"] = "cpu"
+        results["perplexity"] = {}
+        sparsity = round(1 - report.pruned / report.dense, 6)
+        results["params"] = {"dense": report.dense, "pruned": report.pruned, "sparsity": sparsity}
+        results |= {"surgery": "streaming", "streaming": report.to_json()}
+        results["timing"], results["memory"] = clock.seconds, peak_memory()
+        used = PruningPlan(replayed.kept, replayed.units, {**replayed.provenance, **results["protocol"]})
+        checkpoints.write_about(report.model, folder, plan=used, results=results, base=source)
+    return results
+
+
 def _cut(
     source: Checkpoint, recipe: Recipe, plan: Path | None, clock: Clock, results: Results
 ) -> tuple[PreTrainedModel, PruningPlan]:
     """The smaller model and the plan behind it, chosen now or replayed."""
     if plan is not None:
         replayed = PruningPlan.load(plan)
-        made_for = replayed.provenance.get("model_sha256")
-        if made_for and made_for != source.sha256:
-            raise PlanError(
-                f"{plan} was made for another model: sha256 {made_for[:12]}..., here {str(source.sha256)[:12]}..."
-            )
+        replayed.check_checkpoint(source.sha256)
         clock.begin("cut")
         return slice(source.model, replayed), replayed
     batches = [calibration_batch(source, recipe, results)]

@@ -16,6 +16,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,6 +46,10 @@ class Fold:
         base = drift.get(self.scalar, 1.0) if self.scalar else float(share)
         return math.pow(base, self.power)
 
+    def scaled(self, weight: Tensor, factor: float) -> Tensor:
+        """The weight, or a part of it, after scaling."""
+        return (weight + 1) * factor - 1 if self.centred else weight * factor
+
 
 def fold(model: PreTrainedModel, small: PreTrainedModel, folds: Sequence[Fold], share: Fraction) -> None:
     """Scale weights of `small`, which was cut from `model`, in place."""
@@ -54,7 +59,7 @@ def fold(model: PreTrainedModel, small: PreTrainedModel, folds: Sequence[Fold], 
         for name, parameter in small.named_parameters():
             if found := by_name.get(pattern(name)):
                 factor = found.factor(share, drift)
-                parameter.copy_((parameter + 1) * factor - 1 if found.centred else parameter * factor)
+                parameter.copy_(found.scaled(parameter, factor))
 
 
 def drifted_scalars(model: PreTrainedModel, small: PreTrainedModel) -> dict[str, float]:

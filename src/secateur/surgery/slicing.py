@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
+Fit = tuple["type[PreTrainedModel]", "PreTrainedConfig", list[tuple[FieldRule, Fraction]]]
 MAX_FOLD_SEARCHES = 2  # that fail with the same fields, or fewer; a scalar that can be folded shows in the first edits
 
 
@@ -178,7 +179,22 @@ def candidates(model: PreTrainedModel, solver: ConfigSolver, kept: Kept) -> Iter
         PlanError: there is none; says why the model's own class is not.
     """
     groups = solver.groups
-    wanted = expected_shapes(groups, kept)
+    for model_class, edited, rules in fitting(solver, kept):
+        small = load_tensors(
+            model, model_class, edited, dict(cut_tensors(model, groups, kept)), tied_names(groups, kept)
+        )
+        for rule, share in rules:
+            fold(model, small, rule.folds, share)
+        yield small
+
+
+def fitting(solver: ConfigSolver, kept: Kept) -> Iterator[Fit]:
+    """Every class and configuration with the cut shapes, and the rules that led there.
+
+    Raises:
+        PlanError: there is none; says why the model's own class is not.
+    """
+    wanted = expected_shapes(solver.groups, kept)
     reason, found = "", False
     for model_class, config in solver.targets():
         try:
@@ -195,12 +211,7 @@ def candidates(model: PreTrainedModel, solver: ConfigSolver, kept: Kept) -> Iter
             reason = reason or f"{model_class.__name__} builds other shapes than the cut needs"
             continue
         found = True
-        small = load_tensors(
-            model, model_class, edited, dict(cut_tensors(model, groups, kept)), tied_names(groups, kept)
-        )
-        for rule, share in rules:
-            fold(model, small, rule.folds, share)
-        yield small
+        yield model_class, edited, rules
     if not found:
         raise PlanError(reason)
 
@@ -213,6 +224,24 @@ def rebuild_per_layer(
     Raises:
         PlanError: a family has no field, or the class computes something else.
     """
+    model_class, config = fitting_per_layer(model, groups, solver, kept)
+    small = load_tensors(model, model_class, config, dict(cut_tensors(model, groups, kept)), tied_names(groups, kept))
+    if not check.same(small):
+        raise PlanError(
+            f"{model_class.__name__} builds the shapes but does not run or computes something else (logits differ by "
+            f"{check.difference:.2g}), so widths that differ by layer cannot be saved for it"
+        )
+    return small
+
+
+def fitting_per_layer(
+    model: PreTrainedModel, groups: Groups, solver: ConfigSolver, kept: Kept
+) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The class and the configuration of single layers with the cut shapes.
+
+    Raises:
+        PlanError: a family has no field, or the class refuses the sizes.
+    """
     try:
         model_class, config = per_layer_target(model, groups, solver, kept)
         fits = shapes_of(build_on_meta(model_class, config)) == expected_shapes(groups, kept)
@@ -222,13 +251,7 @@ def rebuild_per_layer(
         raise PlanError(f"{type(model).__name__} refuses these sizes in single layers: {error}") from error
     if not fits:
         raise PlanError(f"{model_class.__name__} builds other shapes than the cut needs")
-    small = load_tensors(model, model_class, config, dict(cut_tensors(model, groups, kept)), tied_names(groups, kept))
-    if not check.same(small):
-        raise PlanError(
-            f"{model_class.__name__} builds the shapes but does not run or computes something else (logits differ by "
-            f"{check.difference:.2g}), so widths that differ by layer cannot be saved for it"
-        )
-    return small
+    return model_class, config
 
 
 def load_tensors(

@@ -1,0 +1,392 @@
+"""Cutting a checkpoint tensor by tensor gives the files that loading, cutting and saving it gives, and is as safe."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from families import make
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from secateur import cli
+from secateur.checkpoint import cut_streaming, output_folder
+from secateur.checkpoint import stream as streaming
+from secateur.checkpoint.shards import INDEX
+from secateur.checkpoint.tensorfiles import Cut, read_header
+from secateur.discovery import discover
+from secateur.errors import CheckpointError, PlanError, StreamingError
+from secateur.plan import PruningPlan
+from secateur.surgery import slice
+
+THREE = {"num_hidden_layers": 3}
+# family -> (sizes, kinds cut to two thirds or a half, dtype)
+CASES = {
+    "llama": (THREE, ("ffn_channel", "kv_group", "layer"), "bfloat16"),
+    "llama-untied": ({"tie_word_embeddings": False}, ("hidden",), "float32"),
+    "mistral": ({}, ("ffn_channel", "kv_group", "query_head"), "float16"),
+    "qwen2": ({}, ("kv_group", "hidden"), "bfloat16"),
+    "qwen3": (THREE, ("ffn_channel", "layer"), "float32"),
+    "gemma2": ({}, ("ffn_channel", "hidden"), "bfloat16"),
+    "phi3": ({}, ("ffn_channel", "kv_group"), "float32"),
+    "gpt_neox": ({}, ("ffn_channel", "layer"), "float16"),
+    "opt": ({}, ("ffn_channel", "layer"), "float32"),
+    "gpt2": ({}, ("attention_head", "hidden"), "bfloat16"),
+}
+
+
+def saved(model, folder, **options):
+    """A model saved and loaded again, as cutting in memory gets it."""
+    model.save_pretrained(folder, **options)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def scattered_plan(groups, kinds, seed=0):
+    """Two thirds of the units of a group, or a half, anywhere in it; by one share where hidden dimensions go."""
+    chosen = np.random.default_rng(seed)
+    kept = {}
+    for g in groups.of_kinds(kinds):
+        count = g.units * 2 // 3 if g.units % 3 == 0 and "hidden" not in kinds else g.units // 2
+        kept[g.name] = tuple(sorted(int(u) for u in chosen.choice(g.units, count, replace=False)))
+    return PruningPlan(kept, {name: groups.named(name).units for name in kept})
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def stream(source, plan, folder, **options):
+    folder.mkdir()
+    return cut_streaming(source, plan, folder, progress=False, **options)
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_files_are_those_of_cutting_in_memory(family, tmp_path):
+    sizes, kinds, dtype = CASES[family]
+    model = saved(make(family.removesuffix("-untied"), **sizes).to(getattr(torch, dtype)), tmp_path / "dense")
+    groups = discover(model)
+    plan = scattered_plan(groups, kinds)
+    report = stream(tmp_path / "dense", plan, tmp_path / "streamed")
+    small = slice(model, plan, groups)
+    small.save_pretrained(tmp_path / "sliced")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "sliced")
+    assert report.pruned == small.num_parameters() == report.model.num_parameters()
+    assert report.dense == model.num_parameters()
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_experts_that_lie_one_by_one_on_disk(model_type, tmp_path):
+    model = saved(zoo.tiny_model(model_type), tmp_path / "dense", max_shard_size=100_000)
+    on_disk = json.loads((tmp_path / "dense" / INDEX).read_text())["weight_map"]
+    assert any(".experts.3." in name for name in on_disk)
+    groups = discover(model)
+    plan = scattered_plan(groups, ("expert", "expert_channel"))
+    stream(tmp_path / "dense", plan, tmp_path / "streamed")
+    slice(model, plan, groups).save_pretrained(tmp_path / "sliced")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "sliced")
+
+
+def uneven_plan(groups, kinds):
+    """Fewer units in each later layer."""
+    kept = {g.name: tuple(range(g.layer * max(1, g.units // 5), g.units)) for g in groups.of_kinds(kinds)}
+    return PruningPlan(kept, {name: groups.named(name).units for name in kept})
+
+
+def test_widths_that_differ_by_layer_and_cutting_again(tmp_path):
+    sizes = {**THREE, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 4}
+    for name, kinds in (("first", ("ffn_channel", "kv_group")), ("second", ("ffn_channel",))):
+        source = tmp_path / ("dense" if name == "first" else "first")
+        model = (
+            saved(make("llama", **sizes), source) if name == "first" else AutoModelForCausalLM.from_pretrained(source)
+        )
+        groups = discover(model)
+        plan = uneven_plan(groups, kinds)
+        stream(source, plan, tmp_path / name)
+        slice(model, plan, groups).save_pretrained(tmp_path / "sliced" / name)
+        assert contents(tmp_path / name) == contents(tmp_path / "sliced" / name)
+    assert (tmp_path / "second" / "modeling_per_layer.py").exists()
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """A sharded Llama with tied embeddings."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    make("llama", **THREE).save_pretrained(folder, max_shard_size=30_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plan(dense):
+    return scattered_plan(discover(AutoModelForCausalLM.from_pretrained(dense)), ("ffn_channel",))
+
+
+@pytest.fixture(scope="module")
+def wanted(dense, plan):
+    return slice(AutoModelForCausalLM.from_pretrained(dense), plan)
+
+
+def test_shards_and_index_are_those_of_transformers(dense, plan, wanted, tmp_path):
+    assert len(list(dense.glob("*.safetensors"))) > 3
+    stream(dense, plan, tmp_path / "streamed", max_shard_size=20_000)
+    wanted.save_pretrained(tmp_path / "sliced", max_shard_size=20_000)
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "sliced")
+    index = json.loads((tmp_path / "streamed" / INDEX).read_text())
+    assert index["metadata"]["total_parameters"] == wanted.num_parameters()
+    assert "lm_head.weight" not in index["weight_map"]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "streamed")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def with_head(dense, to, change):
+    """The checkpoint with the tied head stored a second time, as some are."""
+    shutil.copytree(dense, to)
+    state = {name: t for file in dense.glob("*.safetensors") for name, t in load_file(file).items()}
+    for file in [*to.glob("*.safetensors"), to / INDEX]:
+        file.unlink()
+    head = state["model.embed_tokens.weight"] + change
+    save_file(
+        state | {"lm_head.weight": head, "model.layers.0.old": head[:1].clone()},
+        to / "model.safetensors",
+        {"format": "pt"},
+    )
+    return to
+
+
+def test_a_second_copy_of_a_tied_tensor_is_compared(dense, plan, wanted, tmp_path):
+    stream(with_head(dense, tmp_path / "same", 0), plan, tmp_path / "streamed")
+    wanted.save_pretrained(tmp_path / "sliced")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "sliced")
+    with pytest.raises(StreamingError, match=r"lm_head\.weight is stored besides the tensor it is tied to"):
+        stream(with_head(dense, tmp_path / "other", 1), plan, tmp_path / "out")
+
+
+def test_each_tensor_keeps_its_dtype(dense, plan, tmp_path):
+    shutil.copytree(dense, tmp_path / "mixed")
+    for file in (tmp_path / "mixed").glob("*.safetensors"):
+        state = {n: t.bfloat16() if "mlp" in n else t for n, t in load_file(file).items()}
+        save_file(state, file, {"format": "pt"})
+    stream(tmp_path / "mixed", plan, tmp_path / "streamed")
+    with safe_open(tmp_path / "streamed" / "model.safetensors", "pt") as opened:
+        found = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    assert all(dtype == ("BF16" if "mlp" in name else "F32") for name, dtype in found.items())
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_part_of_any_tensor_is_read_in_blocks_of_any_size(data, tmp_path_factory):
+    shape = data.draw(st.lists(st.integers(1, 9), min_size=0, max_size=3))
+    dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float32, torch.int64, torch.bool]))
+    tensor = torch.arange(np.prod(shape, dtype=int)).reshape(shape).to(dtype)
+    file = tmp_path_factory.getbasetemp() / "one.safetensors"
+    save_file({"before": torch.zeros(3), "x": tensor}, file)
+    kept, expected = {}, tensor
+    for dim, size in enumerate(shape):
+        if data.draw(st.booleans()):
+            kept[dim] = np.array(sorted(data.draw(st.sets(st.integers(0, size - 1), min_size=1))))
+            expected = expected.index_select(dim, torch.from_numpy(kept[dim]))
+    cut = Cut(read_header(file)["x"], kept)
+    patch = pytest.MonkeyPatch()
+    patch.setattr("secateur.checkpoint.tensorfiles.BLOCK", data.draw(st.integers(1, 200)))
+    with file.open("rb") as opened:
+        found = b"".join(np.ascontiguousarray(block).tobytes() for block in cut.blocks(opened))
+    patch.undo()
+    assert cut.shape == tuple(expected.shape)
+    assert found == expected.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def truncate(folder):
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lose_shard(folder):
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def mix_up_index(folder):
+    index = json.loads((folder / INDEX).read_text())
+    files = sorted(set(index["weight_map"].values()))
+    index["weight_map"]["model.norm.weight"] = files[0]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def forget_tensor(folder):
+    index = json.loads((folder / INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def reconfigure(**fields):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (truncate, CheckpointError, r"model-00002-of-.* is truncated or corrupted"),
+        (lose_shard, CheckpointError, "lacks the shard model-00002-of-"),
+        (mix_up_index, CheckpointError, r"lacks model\.norm\.weight, which the index says"),
+        (forget_tensor, CheckpointError, r"lacks weights its config.json asks for: model\.norm\.weight"),
+        (reconfigure(intermediate_size=132), PlanError, "made for another model"),
+        (reconfigure(vocab_size=64), CheckpointError, r"has model\.embed_tokens\.weight with shape \[131, 48\]"),
+        (reconfigure(quantization_config={"quant_method": "gptq", "bits": 4}), CheckpointError, "is quantised"),
+    ],
+)
+def test_damaged_sources_are_refused(dense, plan, tmp_path, change, error, message):
+    shutil.copytree(dense, tmp_path / "damaged")
+    change(tmp_path / "damaged")
+    with pytest.raises(error, match=message):
+        stream(tmp_path / "damaged", plan, tmp_path / "out")
+
+
+def test_plans_of_other_checkpoints_are_refused(dense, plan, tmp_path):
+    foreign = PruningPlan(plan.kept, plan.units, {"model_sha256": "0" * 64})
+    with pytest.raises(PlanError, match="made for another model: sha256 000000000000"):
+        stream(dense, foreign, tmp_path / "out")
+    with pytest.raises(PlanError, match="has no group 'x'"):
+        stream(dense, PruningPlan({"x": (0,)}, {"x": 2}), tmp_path / "out2")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(dense, plan, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    with (
+        pytest.raises(CheckpointError, match=r"0\.00 GB are free; nothing was written: make room"),
+        output_folder(tmp_path / "out") as folder,
+    ):
+        cut_streaming(dense, plan, folder, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(dense, plan, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("secateur.checkpoint.shards._write", full)
+    with pytest.raises(CheckpointError, match="no space left while writing"), output_folder(tmp_path / "out") as folder:
+        cut_streaming(dense, plan, folder, progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from secateur.checkpoint import cut_streaming, output_folder, shards
+from secateur.plan import PruningPlan
+write = shards._write
+def slowly(*arguments):
+    write(*arguments)
+    print("one", flush=True)
+    time.sleep(60)
+shards._write = slowly
+with output_folder(sys.argv[3]) as folder:
+    cut_streaming(Path(sys.argv[1]), PruningPlan.load(sys.argv[2]), folder, progress=False)
+"""
+
+
+def test_killed_while_writing_leaves_nothing_and_the_next_run_cleans_up(dense, plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    command = [sys.executable, "-c", KILLED, str(dense), str(tmp_path / "plan.json"), str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "one"
+    (left,) = tmp_path.glob(".out.secateur-*")
+    long_ago = time.time() - 3600
+    os.utime(left, (long_ago, long_ago))
+    with output_folder(tmp_path / "out") as folder:  # while it lives, its folder is not touched
+        (folder / "x").write_text("x")
+    assert left.exists()
+    shutil.rmtree(tmp_path / "out")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists() and list(left.glob("*.safetensors"))
+    with output_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("x")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["out", "plan.json"]
+
+
+@pytest.fixture
+def secateur(monkeypatch, capfd):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, capfd.readouterr().err
+
+    return run
+
+
+@pytest.fixture
+def never_loaded(monkeypatch):
+    monkeypatch.setattr("secateur.checkpoint.load", lambda *_, **__: pytest.fail("the model was loaded"))
+
+
+def test_prune_with_a_plan_does_not_load_the_model(secateur, checkpoint_folder, tmp_path, never_loaded):
+    groups = discover(make("llama", hidden_size=48, intermediate_size=96, num_hidden_layers=3))
+    scattered_plan(groups, ("ffn_channel",)).save(tmp_path / "plan.json")
+    code, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["surgery"] == "streaming" and results["streaming"]["bytes_written"] > 0
+    assert "logits" in results["streaming"]["check"] and results["streaming"]["seconds"] >= 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert results["params"]["pruned"] == model.num_parameters() < results["params"]["dense"]
+    assert PruningPlan.load(tmp_path / "out" / "plan.json").provenance["model_sha256"] == results["model"]["sha256"]
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (checkpoint_folder / "tokenizer.json").read_bytes()
+    assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_cannot_be_cut_tensor_by_tensor_is_loaded(secateur, tmp_path):
+    model = saved(zoo.tiny_model("mixtral"), tmp_path / "dense")
+    groups = discover(model)
+    first = groups.of_kinds(["expert_channel"])[0]
+    PruningPlan({first.name: tuple(range(16))}, {first.name: first.units}).save(tmp_path / "plan.json")
+    code, err = secateur("prune", tmp_path / "dense", "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
+    assert code == 0 and "the whole model is loaded" in err, err
+    assert "would be stored in other pieces" in err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["parity"]["max_logit_difference"] == 0.0 and "surgery" not in results
+
+
+def test_another_dtype_is_no_matter_of_copying(secateur, dense, plan, tmp_path):
+    plan.save(tmp_path / "plan.json")
+    code, err = secateur(
+        "prune", dense, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json", "--dtype", "bfloat16"
+    )
+    assert code == 0, err
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+def test_memory_is_bounded_by_a_block(tmp_path, monkeypatch):
+    sizes = {"hidden_size": 240, "intermediate_size": 960, "vocab_size": 4000}
+    model = make("llama", **sizes)
+    model.save_pretrained(tmp_path / "dense")
+    plan = scattered_plan(discover(model), ("ffn_channel",))
+    monkeypatch.setattr("secateur.checkpoint.tensorfiles.BLOCK", 100_000)
+    write, peaks = streaming.write_shards, []
+
+    def traced(*arguments):
+        tracemalloc.start()
+        write(*arguments)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+
+    monkeypatch.setattr(streaming, "write_shards", traced)
+    report = stream(tmp_path / "dense", plan, tmp_path / "out")
+    assert report.bytes_written > 8_000_000 and peaks[0] < 1_000_000
