@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -180,3 +181,10 @@ def test_others_may_read_what_was_written(trained, tmp_path):
     os.umask(mask)
     assert {oct(f.stat().st_mode & 0o777) for f in folder.iterdir()} == {oct(0o666 & ~mask)}
     assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_room_on_the_disk_is_looked_at_before_writing(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(CheckpointError, match=r"GB are needed.*nothing was written"):
+        save(trained, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.checkpoint.card import model_card
-from secateur.checkpoint.folders import output_folder
+from secateur.checkpoint.folders import check_space, output_folder
 from secateur.checkpoint.loading import BUNDLED, Checkpoint
 from secateur.checkpoint.parity import verify_reload
 from secateur.plan import PruningPlan
@@ -49,7 +49,12 @@ def write(
     results: Mapping[str, Any] | None = None,
     base: Checkpoint | None = None,
 ) -> None:
-    """Fill an existing folder: configuration, safetensors, tokenizer, plan.json, results.json, model card."""
+    """Fill an existing folder: configuration, safetensors, tokenizer, plan.json, results.json, model card.
+
+    Raises:
+        CheckpointError: the disk has no room for it.
+    """
+    check_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
     model.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
