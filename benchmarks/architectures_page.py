@@ -60,7 +60,7 @@ def reasons_of(family: Record) -> list[str]:
 def general(text: str, families: Iterable[str]) -> str:
     """A reason without what is particular to one model, so that equal ones can be told once."""
     for name in sorted(families, key=len, reverse=True):
-        text = text.replace(name, f"the {name.rpartition('/')[2]} family")
+        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", f"the {name.rpartition('/')[2]} family", text)
     text = re.sub(r"\b[A-Z]\w*(Config|ForCausalLM|LMHeadModel|Model|Generation|Decoder)\b", "the class", text)
     text = re.sub(r"\b\d+(\.\d+)?(e-?\d+)?\b", "N", text)
     return re.sub(r"(\b[\w*]+\.)+([\w*]+)(?= |,|$|\))", _last_parts, text)

@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.discovery.setting import quiet_transformers
-from secateur.errors import PlanError
+from secateur.errors import PlanError, first_line
 from secateur.groups import Groups, Kept
 from secateur.plan import PruningPlan
 from secateur.surgery.attributes import cut_modules
@@ -149,20 +149,17 @@ def rebuild(model: PreTrainedModel, solver: ConfigSolver, kept: Kept, check: Log
         PlanError: there is none.
     """
     reason = ""
-    try:
-        for small in candidates(model, solver, kept):
-            if check.same(small):
-                return small
-            reason = f"{type(small).__name__} cannot run with these sizes"
-            if math.isfinite(check.difference):
-                reason = (
-                    f"{type(small).__name__} builds the shapes but computes something else (logits differ by "
-                    f"{check.difference:.2g}): it derives a constant from a size that was cut"
-                )
-    except PlanError as error:
-        reason = str(error)
-    if solver.groups.removed_blocks(kept):
-        reason += "; if the class fixes which layers are of which kind, keep the first ones (--layer-choice first)"
+    for small in candidates(model, solver, kept):
+        if check.same(small):
+            return small
+        reason = f"{type(small).__name__} cannot run with these sizes"
+        if math.isfinite(check.difference):
+            reason = (
+                f"{type(small).__name__} builds the shapes but computes something else (logits differ by "
+                f"{check.difference:.2g}): it derives a constant from a size that was cut"
+            )
+        if solver.groups.removed_blocks(kept):
+            reason += "; or it fixes which layers are of which kind: keep the first ones (--layer-choice first)"
     raise PlanError(reason)
 
 
@@ -209,6 +206,10 @@ def fitting(solver: ConfigSolver, kept: Kept) -> Iterator[Fit]:
             continue
         if not fits:
             reason = reason or f"{model_class.__name__} builds other shapes than the cut needs"
+            if solver.groups.removed_blocks(kept):
+                reason += (
+                    ", as it fixes which layers are of which kind: keep the first ones (--layer-choice first)"
+                )
             continue
         found = True
         yield model_class, edited, rules
@@ -265,11 +266,17 @@ def load_tensors(
 
     Args:
         tied: further names of parameters -> the name they have in `tensors`.
+
+    Raises:
+        PlanError: the class cannot be built with this configuration.
     """
     # Buffers that the class computes itself are float32 in a float64 model too, as where the weights were loaded.
     dtype = torch.float32 if model.dtype == torch.float64 else model.dtype
-    with quiet_transformers(), init_empty_weights(include_buffers=False):
-        small = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+    try:
+        with quiet_transformers(), init_empty_weights(include_buffers=False):
+            small = model_class._from_config(copy.deepcopy(config), dtype=dtype)
+    except Exception as error:  # classes raise what they like for sizes they cannot start from
+        raise PlanError(f"{model_class.__name__} cannot be built with these sizes: {first_line(error)}") from error
     state = {n: t.detach().clone() for n, t in tensors.items()}
     state |= {name: state[of] for name, of in tied.items()}
     small.load_state_dict(state, strict=False, assign=True)

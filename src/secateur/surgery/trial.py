@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -80,7 +81,7 @@ def _shallow(model: PreTrainedModel, groups: Groups) -> PreTrainedModel | None:
         if group.kind == "layer" and solver.rule(group.family) is not None:
             depth = min(max(2, *(layer + 1 for layer in first.values())), group.units)
             config = solver.edited(model.config, {group.name: range(depth)})
-            with quiet_transformers():
+            with quiet_transformers(), suppress(Exception):  # classes raise what they like for too few layers
                 return type(model)._from_config(config, dtype=torch.float32)
     return None
 
