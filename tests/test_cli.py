@@ -103,7 +103,7 @@ def test_groups_lists_and_proves(secateur, checkpoint_folder, tmp_path):
     code, out, _ = secateur("groups", checkpoint_folder, "--verify", "--json", tmp_path / "g.json")
     families = json.loads((tmp_path / "g.json").read_text())["families"]
     proven = {f["kind"]: f["proof"]["max_difference"] for f in families if f["prunable"]}
-    assert code == 0 and set(proven) == {"ffn_channel", "kv_group", "query_head", "hidden", "layer"}
+    assert code == 0 and set(proven) == {"ffn_channel", "kv_group", "query_head", "hidden", "layer", "sublayer"}
     assert all(difference < 1e-9 for difference in proven.values())
     refused = next(f for f in families if f["kind"] == "value_dim")  # Llama has one width for keys and values
     assert "no field" in refused["proof"]["reason"]

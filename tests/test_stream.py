@@ -120,6 +120,17 @@ def test_widths_that_differ_by_layer_and_cutting_again(tmp_path):
     assert (tmp_path / "second" / "modeling_per_layer.py").exists()
 
 
+def test_left_out_sublayers(tmp_path):
+    model = saved(make("qwen2", **THREE), tmp_path / "dense")
+    groups = discover(model)
+    kept = {"model.layers/self_attn": (0, 2), "model.layers/mlp": (1, 2)}
+    kept |= {g.name: range(20) for g in groups.of_kinds(["ffn_channel"]) if g.layer}
+    plan = PruningPlan(kept, {name: groups.named(name).units for name in kept})
+    stream(tmp_path / "dense", plan, tmp_path / "streamed")
+    slice(model, plan, groups).save_pretrained(tmp_path / "sliced")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "sliced")
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A sharded Llama with tied embeddings."""

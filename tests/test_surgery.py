@@ -247,5 +247,5 @@ def test_the_twin_stands_in_for_models_without_weights():
         model = AutoModelForCausalLM.from_config(make("llama", num_hidden_layers=5).config)
     proofs = prove(model)
     proven = [p for p in proofs if p.proven]
-    assert {p.kind for p in proven} == {"ffn_channel", "kv_group", "query_head", "hidden", "layer"}
+    assert {p.kind for p in proven} == {"ffn_channel", "kv_group", "query_head", "hidden", "layer", "sublayer"}
     assert all(p.route == "config" and p.max_difference < 1e-9 for p in proven)

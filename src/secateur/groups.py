@@ -41,12 +41,14 @@ class Group:
 
     Attributes:
         name: stable and readable, for example `model.layers.0.mlp/ffn_channel`.
-        kind: `ffn_channel`, `attention_head`, `kv_group`, `query_head`, `hidden`, `layer`, or `other`.
+        kind: `ffn_channel`, `attention_head`, `kv_group`, `query_head`, `hidden`, `layer`, `sublayer`, or `other`.
         units: how many units there are.
-        members: the axes; empty for `layer`.
-        blocks: for kind `layer` only, the module path of each unit.
+        members: the axes; empty for `layer` and `sublayer`.
+        blocks: for these two kinds only, the module path of each unit.
         refusals: why the group must not be pruned; empty if it may.
         at_least: units that must stay (a router that picks two experts needs two).
+        stays: numbers of units that must stay whatever their scores.
+        results: for kind `sublayer`, how many values each block returns in a tuple, 0 if it returns just a tensor.
     """
 
     name: str
@@ -56,6 +58,8 @@ class Group:
     blocks: tuple[str, ...] = ()
     refusals: tuple[str, ...] = ()
     at_least: int = 1
+    stays: tuple[int, ...] = ()
+    results: int = 0
 
     @property
     def prunable(self) -> bool:
@@ -83,6 +87,11 @@ class Group:
         """Number of the layer the group lies in, or None for a group that spans layers."""
         found = re.search(r"\.(\d+)(?=[./]|$)", self.name)
         return int(found.group(1)) if found else None
+
+    def layer_of(self, path: str) -> int:
+        """For a group of blocks, the number of the layer that a block or parameter lies in."""
+        home = self.name.partition("/")[0]
+        return int(path.removeprefix(home + ".").partition(".")[0])
 
 
 Kept = Mapping[str, Sequence[int]]
@@ -163,10 +172,10 @@ class Groups(Sequence[Group]):
     def kept_positions(self, kept: Kept) -> dict[str, dict[int, IndexArray]]:
         """Which positions survive on every axis that changes: parameter -> dim -> ascending positions.
 
-        Parameters inside removed layers are absent; `removed_blocks` names those layers.
+        Parameters inside removed blocks are absent; `removed_blocks` names those blocks.
         """
         masks: dict[tuple[str, int], NDArray[np.bool_]] = {}
-        removed = tuple(block + "." for block in self.removed_blocks(kept))
+        removed = self.removed_prefixes(kept)
         for name, units in kept.items():
             group = self.named(name)
             gone = np.setdiff1d(np.arange(group.units), np.asarray(units, dtype=np.int64))
@@ -182,21 +191,26 @@ class Groups(Sequence[Group]):
             positions.setdefault(parameter, {})[dim] = np.flatnonzero(mask)
         return positions
 
-    def removed_blocks(self, kept: Kept) -> tuple[str, ...]:
-        """Module paths of the layers that go."""
+    def removed_blocks(self, kept: Kept, kinds: Sequence[str] = ("layer", "sublayer")) -> tuple[str, ...]:
+        """Module paths of the layers and sublayers that go."""
         gone: list[str] = []
         for name, units in kept.items():
-            stay = set(units)
-            gone += [block for u, block in enumerate(self.named(name).blocks) if u not in stay]
+            group, stay = self.named(name), set(units)
+            if group.kind in kinds:
+                gone += [block for u, block in enumerate(group.blocks) if u not in stay]
         return tuple(gone)
+
+    def removed_prefixes(self, kept: Kept) -> tuple[str, ...]:
+        """What the names of parameters, blocks and groups inside removed blocks begin with."""
+        return tuple(block + end for block in self.removed_blocks(kept) for end in "./")
 
     def remaining_shapes(self, kept: Kept) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter and buffer that is left when only the `kept` units stay."""
         positions = self.kept_positions(kept)
-        gone = tuple(block + "." for block in self.removed_blocks(kept))
+        gone = self.removed_prefixes(kept)
         left: dict[str, tuple[int, ...]] = {}
         for name, shape in self.shapes.items():
-            if gone and name.startswith(gone):
+            if name.startswith(gone):
                 continue
             dims = positions.get(name, {})
             left[name] = tuple(len(dims[d]) if d in dims else size for d, size in enumerate(shape))

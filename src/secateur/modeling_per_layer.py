@@ -146,6 +146,15 @@ def remove_sublayer(layer: nn.Module, sublayer: str) -> None:
     """Leave out the attention or the MLP of a layer; its norm stays, unused.
 
     Raises:
+        ValueError: see `sublayer_name`.
+    """
+    setattr(layer, sublayer_name(layer, sublayer), NoAttention() if sublayer == "attention" else NoMLP())
+
+
+def sublayer_name(layer: nn.Module, sublayer: str) -> str:
+    """What the attention or the MLP of a layer is called.
+
+    Raises:
         ValueError: the layer has no such submodule, or it does more than add to the residual stream.
     """
     if sublayer not in SUBLAYERS:
@@ -160,7 +169,7 @@ def remove_sublayer(layer: nn.Module, sublayer: str) -> None:
         raise ValueError(f"{type(layer).__name__} has no submodule that is its {sublayer}, so it cannot be skipped")
     if "residual" in inspect.signature(getattr(layer, found[0]).forward).parameters:
         raise ValueError(f"the {sublayer} of {type(layer).__name__} adds the residual itself, so it cannot be skipped")
-    setattr(layer, found[0], NoAttention() if sublayer == "attention" else NoMLP())
+    return found[0]
 
 
 @functools.cache

@@ -64,7 +64,7 @@ class PruningPlan:
         """Make sure that the plan belongs to the model these groups were discovered on.
 
         Raises:
-            PlanError: a group is missing, refused, of another size, or would lose every unit.
+            PlanError: a group is missing, refused, of another size, or would lose every unit or one that must stay.
         """
         for name, kept in self.kept.items():
             group = groups.named(name)
@@ -83,6 +83,8 @@ class PruningPlan:
                 raise PlanError(f"{name} cannot be pruned: {group.refusals[0]}")
             if not kept:
                 raise PlanError(f"the plan removes every unit of {name}; at least one must stay")
+            if gone := set(group.stays) - set(kept):
+                raise PlanError(f"the plan removes unit {min(gone)} of {name}, which must stay")
 
     def check_checkpoint(self, sha256: str | None) -> None:
         """Make sure that the plan was made for the checkpoint with this hash, if it says for which one it was made.

@@ -81,7 +81,7 @@ def allocate(
         uniform: every layer keeps the same number of units of each kind, which ones may differ; what stock model
             classes load. Under global ranking the k-th least important units of all layers then go together.
         round_to: FFN channels and hidden dimensions that are cut keep a multiple of this.
-        protect_first, protect_last: decoder layers at either end that are not cut (for kind `layer`: not removed).
+        protect_first, protect_last: decoder layers at either end that are not cut (nor removed, nor their sublayers).
         layer_ratios: layer number -> share of the units of its groups to remove, instead of what the ranking would
             give it; overrides protection.
         kind_ratios: kind -> share of the units of its groups to remove; the other kinds meet the budget, which may be
@@ -148,8 +148,8 @@ def max_sparsity(
 ) -> float:
     """The largest `param_sparsity` that cutting these kinds can reach; arguments as for `allocate`.
 
-    Where blocks differ in size and kind `layer` is cut, what is left depends on the scores; this assumes that the last
-    blocks stay.
+    Where blocks differ in size and kind `layer` or `sublayer` is cut, what is left depends on the scores; this assumes
+    that the last blocks stay.
     """
     limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, {}, feasible, ties)
     families = select_families(groups, None, list(dict.fromkeys(kinds)), limits)
@@ -222,10 +222,17 @@ def _floor(families: Sequence[Family]) -> str:
 
 
 def _without_removed_blocks(groups: Groups, kept: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Leave out the groups inside blocks that go as a whole."""
-    removed = tuple(block + "." for block in groups.removed_blocks(kept))
-    inside = {g.name for g in groups if g.members and all(m.parameter.startswith(removed) for m in g.members)}
-    return {name: units for name, units in kept.items() if name not in inside}
+    """Leave out the groups, and the sublayers, inside blocks that go as a whole."""
+    removed = groups.removed_prefixes(kept)
+    found: dict[str, tuple[int, ...]] = {}
+    for name, units in kept.items():
+        group = groups.named(name)
+        inside = {u for u, block in enumerate(group.blocks) if block.startswith(removed)}
+        left = tuple(sorted(inside.union(units)))
+        gone = group.members and all(m.parameter.startswith(removed) for m in group.members)
+        if not gone and len(left) < group.units:
+            found[name] = left
+    return found
 
 
 def _kept_units(families: Sequence[Family], counts: IndexArray) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -146,19 +146,29 @@ def select_families(groups: Groups, scores: Scores | None, kinds: Sequence[str],
             "protect_first, protect_last and layer_ratios give layers different widths, which uniform output cannot "
             "have; use per-layer output (uniform=False, --per-layer)"
         )
+    if limits.uniform and "sublayer" in kinds:
+        raise BudgetError(
+            "sublayers are left out of single layers, which uniform output cannot do; use per-layer output "
+            "(uniform=False, --per-layer)"
+        )
     _check_ratios(groups, limits)
-    return [_family(members, scores, limits, groups) for members in _sets_of_groups(groups, kinds, limits)]
+    chosen = _sets_of_groups(groups, kinds, limits)
+    stay = {g.blocks[u] for members in chosen for g in members for u in g.stays}
+    return [_family(members, scores, limits, groups, stay) for members in chosen]
 
 
-def _family(members: list[Group], scores: Scores | None, limits: Limits, groups: Groups) -> Family:
+def _family(members: list[Group], scores: Scores | None, limits: Limits, groups: Groups, stay: Set[str]) -> Family:
+    """Args as for `select_families`; `stay` are paths of blocks that must stay, with the layers they are in."""
     steps = math.gcd(*(g.units for g in members))
     scales = tuple(g.units // steps for g in members)
     values = [_checked_scores(g, scores) for g in members]
-    orders = [_removal_order(v, _protected_blocks(g, limits)) for v, g in zip(values, members, strict=True)]
+    protected = [_protected_blocks(g, limits, groups, stay) for g in members]
+    orders = [_removal_order(v, p) for v, p in zip(values, protected, strict=True)]
     importance = np.sum([v[o].reshape(steps, -1).sum(1) for v, o in zip(values, orders, strict=True)], axis=0)
     counts = np.arange(steps, 0, -1, dtype=np.int64)
     family = Family(members[0].family, tuple(members), scales, counts, tuple(orders), importance)
-    return _with_ratio(replace(family, counts=_allowed_counts(family, limits, groups)), limits)
+    counts = _allowed_counts(family, limits, groups, max(len(p) for p in protected))
+    return _with_ratio(replace(family, counts=counts), limits)
 
 
 def _sets_of_groups(groups: Groups, kinds: Sequence[str], limits: Limits) -> list[list[Group]]:
@@ -197,23 +207,30 @@ def _united(found: list[list[Group]], ties: Sequence[Sequence[str]]) -> list[lis
 
 def _protected(group: Group, last_layer: int, limits: Limits) -> bool:
     layer = group.layer
-    if group.kind == "layer" or layer is None or layer in (limits.layer_ratios or {}):
+    if group.blocks or layer is None or layer in (limits.layer_ratios or {}):
         return False
     return layer < limits.protect_first or layer > last_layer - limits.protect_last
 
 
-def _protected_blocks(group: Group, limits: Limits) -> IndexArray:
-    """Units of a `layer` group that must stay."""
-    units = np.arange(group.units)
-    if group.kind != "layer":
-        return units[:0]
-    return units[(units < limits.protect_first) | (units >= group.units - limits.protect_last)]
+def _protected_blocks(group: Group, limits: Limits, groups: Groups, stay: Set[str]) -> IndexArray:
+    """Units of a `layer` or `sublayer` group that must stay: those in protected layers, and those around `stay`."""
+    if not group.blocks:
+        return np.zeros(0, dtype=np.int64)
+    home = group.name.partition("/")[0] + "."
+    last = max(group.layer_of(name) for name in groups.shapes if name.startswith(home))
+    found = []
+    for unit, block in enumerate(group.blocks):
+        layer = group.layer_of(block)
+        inside = any(path == block or path.startswith(block + ".") for path in stay)
+        if inside or layer < limits.protect_first or layer > last - limits.protect_last:
+            found.append(unit)
+    return np.array(found, dtype=np.int64)
 
 
-def _allowed_counts(family: Family, limits: Limits, groups: Groups) -> IndexArray:
+def _allowed_counts(family: Family, limits: Limits, groups: Groups, protected: int) -> IndexArray:
     """Counts from all steps down to the fewest that are possible. The class is asked about that one only: there may be
     tens of thousands, and each answer takes it milliseconds."""
-    allowed = family.counts >= max(1, max(len(_protected_blocks(g, limits)) for g in family.groups))
+    allowed = family.counts >= max(1, protected)
     for group, scale in zip(family.groups, family.scales, strict=True):
         step = math.lcm(limits.round_to if group.kind in ROUNDED_KINDS else 1, _alignment(group, groups))
         allowed &= (family.counts * scale % step == 0) & (family.counts * scale >= group.at_least)

@@ -169,10 +169,10 @@ def _layout(
         CheckpointError: weights are missing, or have other shapes than the configuration says.
         StreamingError: tensors lie on disk in a way that cannot be followed.
     """
-    moved = renumbering(groups, kept)
+    moved, gone = renumbering(groups, kept), groups.removed_prefixes(kept)
     positions = groups.kept_positions(kept)
     sources = _sources(pieces_on_disk(skeleton, stored), groups, stored)
-    old = {new_name(name, moved): name for name in groups.shapes if not name.startswith(_gone(groups, kept))}
+    old = {new_name(name, moved): name for name in groups.shapes if not name.startswith(gone)}
     old |= {new_name(name, moved): of for name, of in groups.tied.items()}
     tensors: dict[str, Written] = {}
     for name, (piece, shape) in names_to_write(target.model).items():
@@ -196,10 +196,6 @@ def _layout(
             raise StreamingError(f"{parameter} is stored as {origin.dtype} and must be scaled")
         tensors[name] = Written(cut, scalings)
     return tensors
-
-
-def _gone(groups: Groups, kept: Kept) -> tuple[str, ...]:
-    return tuple(block + "." for block in groups.removed_blocks(kept))
 
 
 def _sources(pieces: Mapping[Piece, str], groups: Groups, stored: Mapping[str, Stored]) -> dict[Piece, Stored]:

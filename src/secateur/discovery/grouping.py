@@ -22,7 +22,7 @@ def build_groups(model: PreTrainedModel, trace: Trace) -> tuple[Groups, dict[str
     structure = Structure(trace, {name: axes for name, axes in trace.parameters.items() if _is_stored(model, name)})
     names = _names(structure)
     groups = [_group_of(structure, leaf, kind, name) for leaf, (kind, name) in names.items()]
-    groups += _layer_groups(trace)
+    groups += _block_groups(structure, {name for _, name in names.values()})
     shapes = {name: tuple(a.size for a in axes) for name, axes in structure.stored.items()}
     buffers = frozenset(n for n, _ in model.named_buffers() if n in shapes)
     replaced = replaced_parameters(model)
@@ -92,18 +92,53 @@ def _group_of(structure: Structure, leaf: Axis, kind: str, name: str) -> Group:
     return Group(name, kind, leaf.size, tuple(members), (), tuple(refusals), structure.at_least(leaf))
 
 
-def _layer_groups(trace: Trace) -> list[Group]:
-    """Lists of blocks whose output lies on the same axis as their input: any of them can be bypassed."""
+def _block_groups(structure: Structure, taken: set[str]) -> list[Group]:
+    """Lists of blocks whose output lies on the same axis as their input: any of them can be bypassed; and what may be
+    left out of single ones of them."""
     lists: dict[str, list[str]] = defaultdict(list)
-    for path, (entering, leaving) in trace.blocks.items():
+    for path, (entering, leaving) in structure.trace.blocks.items():
         if entering.find() is leaving.find():
             lists[path.rpartition(".")[0]].append(path)
     outer = [p for p in lists if not any(p.startswith(f"{other}.") for other in lists if other != p)]
-    return [
-        Group(f"{path}/layer", "layer", len(lists[path]), blocks=tuple(lists[path]))
-        for path in outer
-        if len(lists[path]) > 1
-    ]
+    found = []
+    for path in outer:
+        if len(lists[path]) > 1:
+            found.append(Group(f"{path}/layer", "layer", len(lists[path]), blocks=tuple(lists[path])))
+            found += _sublayer_groups(structure, path, lists[path], {*taken, f"{path}/layer"})
+    return found
+
+
+def _sublayer_groups(structure: Structure, home: str, layers: list[str], taken: set[str]) -> list[Group]:
+    """For each child that only adds to what passes through these layers, the layers that have it.
+
+    The first block with attention stays: cached decoding reads the length of the cache there.
+    """
+    trace = structure.trace
+    streams = {layer: trace.blocks[layer][0].find() for layer in layers}
+    positions: dict[str, list[str]] = defaultdict(list)
+    for path, child in trace.children.items():
+        layer, _, position = path.rpartition(".")
+        if layer not in streams or path not in trace.added[layer]:
+            continue
+        if child.entering.find() is child.leaving.find() is streams[layer]:
+            positions[position].append(path)
+    attending = {name for leaf in structure.heads for name, _ in structure.places.get(leaf, ())}
+    found = []
+    for position, blocks in positions.items():
+        if len(blocks) < 2:
+            continue
+        name = f"{home}/{position}"
+        first = [u for u, block in enumerate(blocks) if any(p.startswith(block + ".") for p in attending)][:1]
+        results = sorted({trace.children[block].results for block in blocks})
+        alike = results in ([0], [2])
+        refusals = () if alike else ("its blocks do not all return a tensor, or all a pair that begins with one",)
+        found.append(
+            Group(
+                name if name not in taken else f"{name}-2", "sublayer", len(blocks), (), tuple(blocks), refusals,
+                stays=tuple(first), results=results[0],
+            )
+        )  # fmt: skip
+    return found
 
 
 def _refuse_buffers(group: Group, buffers: frozenset[str]) -> Group:

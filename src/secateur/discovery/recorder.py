@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from secateur.discovery.axes import Axis, Hazard, freeze, unify
+from secateur.discovery.residual import LayerFlow
 
 Rule = Callable[["Trace", Any, Sequence[Any], Mapping[str, Any], Any], None]
 RULES: dict[Any, Rule] = {}
@@ -69,6 +70,21 @@ class Reduction:
     fill: float | None = None
 
 
+@dataclass(frozen=True)
+class Child:
+    """A child of a candidate layer, with matrices of its own.
+
+    Attributes:
+        entering: axis of the last dimension of the hidden states it is given.
+        leaving: axis of the last dimension of its first result.
+        results: how many values it returns in a tuple, 0 if it returns just a tensor.
+    """
+
+    entering: Axis
+    leaving: Axis
+    results: int
+
+
 @dataclass
 class Trace:
     """What one forward pass taught.
@@ -84,6 +100,9 @@ class Trace:
         unread: parameters the forward pass never touched.
         read: identities of all tensors some operation read.
         blocks: module path -> (axis of its input's last dimension, of its output's), for candidate layers.
+        children: module path -> what enters and leaves it, for the children of candidate layers.
+        added: module path of a candidate layer -> paths of the children that do nothing but add to what enters it.
+        flows: module path -> what is known of this run, for the candidate layers being run.
         modules: paths of the modules being run, outermost first.
     """
 
@@ -97,6 +116,9 @@ class Trace:
     unread: list[str] = field(default_factory=list)
     read: set[int] = field(default_factory=set)
     blocks: dict[str, tuple[Axis, Axis]] = field(default_factory=dict)
+    children: dict[str, Child] = field(default_factory=dict)
+    added: dict[str, frozenset[str]] = field(default_factory=dict)
+    flows: dict[str, LayerFlow] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     _dims: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
     _origin: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
@@ -172,6 +194,8 @@ class Tracer(TorchDispatchMode):
                 freeze_numbered(trace, tensors)
             return out
         trace.ops.append(str(func))
+        for flow in trace.flows.values():
+            flow.follow(func, args, kwargs, out)
         if packet not in CARRIES_INDICES and packet not in READS_INDICES:
             freeze_numbered(trace, tensors)
         if known := RULES.get(packet) or RULES.get(str(packet)):

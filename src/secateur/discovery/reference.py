@@ -15,15 +15,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_iter
 
 from secateur.discovery.axes import Axis, keep_mask, leaves
 from secateur.discovery.grouping import build_groups
 from secateur.discovery.recorder import Reduction, Trace
+from secateur.discovery.residual import first_of
 from secateur.discovery.setting import plain_forward
 from secateur.discovery.trace import FAILURES, entering_states, probe_ids, run_trace
 from secateur.errors import DiscoveryError
+from secateur.groups import Groups, Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -97,19 +99,32 @@ def _representable(value: float, dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def bypassed(model: PreTrainedModel, blocks: Sequence[str]) -> Iterator[None]:
-    """Let the hidden states pass these layers unchanged."""
+def bypassed(model: PreTrainedModel, groups: Groups, kept: Kept) -> Iterator[None]:
+    """Let the hidden states pass removed layers unchanged, and removed sublayers put out zeros."""
 
     def skip(_: Any, args: Any, kwargs: Any, out: Any) -> Any:
-        entering = entering_states(args, kwargs, out)
-        return (entering, *out[1:]) if isinstance(out, tuple) else entering
+        return _with_first(out, entering_states(args, kwargs, out))
 
-    handles = [model.get_submodule(b).register_forward_hook(skip, with_kwargs=True) for b in blocks]
+    def vanish(_: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        with _disable_current_modes():  # a replayed trace knows nothing of this operation
+            return _with_first(out, torch.zeros_like(first_of(out)))
+
+    hooks = {"layer": skip, "sublayer": vanish}
+    handles = [
+        model.get_submodule(block).register_forward_hook(hook, with_kwargs=True)
+        for kind, hook in hooks.items()
+        for block in groups.removed_blocks(kept, (kind,))
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _with_first(out: Any, first: Tensor | None) -> Any:
+    """What a module returns, with `first` in place of its first value."""
+    return (first, *out[1:]) if isinstance(out, tuple) else first
 
 
 class Reference:
@@ -153,7 +168,7 @@ class Reference:
                 masks[self._leaves[name].find()] = mask
         restricted = RestrictedReductions(self.trace, masks)
         with ExitStack() as stack:
-            stack.enter_context(bypassed(self.model, self.groups.removed_blocks(kept)))
+            stack.enter_context(bypassed(self.model, self.groups, kept))
             stack.enter_context(plain_forward(self.model))
             stack.enter_context(restricted)
             try:

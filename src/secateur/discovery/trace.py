@@ -17,11 +17,13 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.utils.hooks import RemovableHandle
 
 import secateur.discovery.rules  # noqa: F401  (registers the rules)
 from secateur.discovery.axes import Axis, Hazard, freeze
 from secateur.discovery.packed import refuse_quantised
-from secateur.discovery.recorder import RULES, Reduction, Trace, Tracer
+from secateur.discovery.recorder import RULES, Child, Reduction, Trace, Tracer
+from secateur.discovery.residual import LayerFlow, first_of
 from secateur.discovery.setting import plain_forward, quiet_transformers, unchanged
 from secateur.errors import DiscoveryError
 
@@ -102,6 +104,7 @@ def _reach_further(model: PreTrainedModel, trace: Trace, state: Mapping[str, Ten
     except Exception:  # a model may refuse this length in any way it likes; what it never reads then stays unread
         pass
     del trace.ops[steps:], trace.reductions[reductions:], trace.modules[:]
+    trace.flows.clear()
 
 
 def _fake_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -139,22 +142,15 @@ def _forward(model: PreTrainedModel, trace: Trace, state: Mapping[str, Tensor], 
 
 @contextmanager
 def _observed_modules(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
-    """Know which module runs, and note the axes that enter and leave every child of a ModuleList."""
+    """Know which module runs, and observe every child of a ModuleList: it may be a layer."""
     handles = []
     for path, module in model.named_modules():
         if path:
             handles.append(module.register_forward_pre_hook(lambda *_, path=path: trace.modules.append(path)))
             handles.append(module.register_forward_hook(lambda *_: _pop(trace.modules)))
-        if not isinstance(module, torch.nn.ModuleList):
-            continue
-        for number, block in enumerate(module):
-
-            def note(_: Any, args: Any, kwargs: Any, out: Any, name: str = f"{path}.{number}") -> None:
-                entering, leaving = entering_states(args, kwargs, out), out[0] if isinstance(out, tuple) else out
-                if entering is not None:
-                    trace.blocks[name] = (trace.dims(entering)[-1], trace.dims(leaving)[-1])
-
-            handles.append(block.register_forward_hook(note, with_kwargs=True))
+        if isinstance(module, torch.nn.ModuleList):
+            for number, block in enumerate(module):
+                handles += _observed_layer(trace, f"{path}.{number}", block)
     try:
         yield
     finally:
@@ -162,9 +158,50 @@ def _observed_modules(model: PreTrainedModel, trace: Trace) -> Iterator[None]:
             handle.remove()
 
 
+def _observed_layer(trace: Trace, path: str, layer: torch.nn.Module) -> list[RemovableHandle]:
+    """Note the axes that enter and leave a candidate layer and its children, and follow what the children add."""
+
+    def begin(_: Any, args: Any, kwargs: Any) -> None:
+        trace.flows[path] = LayerFlow((*args, *kwargs.values()))
+
+    def end(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+        flow, entering = trace.flows.pop(path), entering_states(args, kwargs, out)
+        if entering is not None:
+            trace.blocks[path] = (trace.dims(entering)[-1], trace.dims(first_of(out))[-1])
+        added = flow.added(entering, out)
+        trace.added[path] = trace.added.get(path, added) & added
+
+    handles = [
+        layer.register_forward_pre_hook(begin, with_kwargs=True),
+        layer.register_forward_hook(end, with_kwargs=True),
+    ]
+    for name, child in layer.named_children():
+        if any(parameter.dim() > 1 for parameter in child.parameters()):
+            handles += _observed_child(trace, path, name, child)
+    return handles
+
+
+def _observed_child(trace: Trace, layer: str, name: str, child: torch.nn.Module) -> list[RemovableHandle]:
+    """Note what enters and leaves a child, and that its result is its own whatever happens inside."""
+    path = f"{layer}.{name}"
+
+    def begin(*_: Any) -> None:
+        if layer in trace.flows:  # else something other than its layer runs it
+            trace.flows[layer].inside = True
+
+    def end(_: Any, args: Any, kwargs: Any, out: Any) -> None:
+        if (entering := entering_states(args, kwargs, out)) is not None:
+            axes = trace.dims(entering)[-1], trace.dims(first_of(out))[-1]
+            trace.children[path] = Child(*axes, len(out) if isinstance(out, tuple) else 0)
+        if layer in trace.flows:
+            trace.flows[layer].leaves(path, out)
+
+    return [child.register_forward_pre_hook(begin), child.register_forward_hook(end, with_kwargs=True)]
+
+
 def entering_states(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> Tensor | None:
     """The hidden states a module was given: the first operand with the shape of what it returns."""
-    leaving = out[0] if isinstance(out, tuple) and out else out
+    leaving = first_of(out)
     if not isinstance(leaving, Tensor) or leaving.dim() < 2:
         return None
     operands = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())

@@ -138,10 +138,10 @@ class Adapted:
     def _factors(self, kept: Kept) -> dict[str, Tensor]:
         """Every tensor of the adapters that stays, under its old name."""
         positions = self.groups.kept_positions(kept)
-        gone = tuple(block + "." for block in self.groups.removed_blocks(kept))
+        gone = self.groups.removed_prefixes(kept)
         found: dict[str, Tensor] = {}
         for name, tensor in self.model.state_dict().items():
-            if name in self.names or (gone and name.startswith(gone)):
+            if name in self.names or name.startswith(gone):
                 continue
             cut = self._magnitude(name, tensor, positions) if ".lora_magnitude_vector." in name else tensor.detach()
             for dim, keep in positions.get(name, {}).items():

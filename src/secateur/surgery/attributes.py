@@ -50,7 +50,9 @@ def cut_modules(
 
 
 def _copy_with(model: PreTrainedModel, groups: Groups, kept: Kept) -> PreTrainedModel:
-    """A deep copy with cut tensors in place of the originals (which are never duplicated), without removed layers."""
+    """A deep copy with cut tensors in place of the originals (which are never duplicated), without removed blocks."""
+    from secateur.modeling_per_layer import NoAttention, NoMLP
+
     state = dict(model.named_parameters()) | dict(model.named_buffers())
     memo: dict[int, Any] = {}
     for name, dims in groups.kept_positions(kept).items():
@@ -61,7 +63,11 @@ def _copy_with(model: PreTrainedModel, groups: Groups, kept: Kept) -> PreTrained
         memo[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     with torch.no_grad():
         small = copy.deepcopy(model, memo)
-    for block in reversed(groups.removed_blocks(kept)):
+    for name in kept:
+        group = groups.named(name)
+        for block in groups.removed_blocks({name: kept[name]}, ("sublayer",)):
+            small.set_submodule(block, NoAttention() if group.results else NoMLP())
+    for block in reversed(groups.removed_blocks(kept, ("layer",))):
         blocks, _, number = block.rpartition(".")
         del small.get_submodule(blocks)[int(number)]  # type: ignore[operator]
     return small

@@ -175,7 +175,7 @@ class ConfigSolver:
 
     def _shares(self, kept: Kept) -> dict[str, Fraction]:
         """Family -> share of the units kept in each of its groups, for families that lose any."""
-        gone = tuple(block + "." for block in self.groups.removed_blocks(kept))
+        gone = self.groups.removed_prefixes(kept)
         shares: dict[str, Fraction] = {}
         for family in dict.fromkeys(self.groups.named(name).family for name in kept):
             members = [g for g in self._families[family] if not g.name.startswith(gone)]

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
-from secateur.groups import Groups
+from secateur.errors import PlanError
+from secateur.groups import Group, Groups
 from secateur.surgery.adapters import Adapted, is_adapted
+from secateur.surgery.per_layer import skip_word
 from secateur.surgery.slicing import layer_solver
 
 if TYPE_CHECKING:
@@ -47,6 +49,10 @@ def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], *,
     ties: list[tuple[str, ...]] = []
     refused: dict[str, str] = {}
     for family, members in families.items():
+        if members[0].kind == "sublayer":
+            if reason := _whole(model, members[0], uniform):
+                refused[family] = reason
+            continue
         if uniform and len({g.units for g in members}) > 1:
             refused[family] = f"the layers differ in the width of {family} already, so it is cut with --per-layer only"
         if family in refused or solver.rule(family) is not None or any(family in tie for tie in ties):
@@ -55,6 +61,17 @@ def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], *,
         if rule is None or not families.keys() >= set(rule.families) or not _joined(ties, rule.families, solver):
             refused[family] = solver.refusal(family)
     return Expressible(cache(solver.feasible) if uniform else lambda family, count: True, tuple(ties), refused)
+
+
+def _whole(model: PreTrainedModel, sublayers: Group, uniform: bool) -> str | None:
+    """Why these sublayers cannot be left out of single layers, None if they can."""
+    if uniform:
+        return f"{sublayers.name} can only be left out of single layers: prune with --per-layer (or --tier per-layer)"
+    try:
+        skip_word(model, sublayers)
+    except PlanError as error:
+        return str(error)
+    return None
 
 
 def _of_base(adapted: Adapted, kinds: Sequence[str], uniform: bool) -> Expressible:

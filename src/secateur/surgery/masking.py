@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 def mask(model: PreTrainedModel, plan: PruningPlan, groups: Groups | None = None) -> Iterator[None]:
     """Run `model` without the units that `plan` removes, then restore it bit for bit.
 
-    Every position of a removed unit is set to zero in every member; removed layers are bypassed. For FFN channels,
-    heads, KV groups, query heads and layers the logits are those of the sliced model. For the hidden dimension they are
-    not: norms still average over the zeroed dimensions. `Reference.logits` is exact for every kind.
+    Every position of a removed unit is set to zero in every member; removed layers are bypassed, and removed sublayers
+    put out zeros. For FFN channels, heads, KV groups, query heads, layers and sublayers the logits are those of the
+    sliced model. For the hidden dimension they are not: norms still average over the zeroed dimensions.
+    `Reference.logits` is exact for every kind.
 
     Raises:
         PlanError: the plan does not fit the model, or removes rows that DoRA adapts.
@@ -35,7 +36,7 @@ def mask(model: PreTrainedModel, plan: PruningPlan, groups: Groups | None = None
         groups.named(name).check_zeroing()
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     saved: list[tuple[Tensor, int, Tensor, Tensor]] = []
-    with torch.no_grad(), bypassed(model, groups.removed_blocks(plan.kept)):
+    with torch.no_grad(), bypassed(model, groups, plan.kept):
         try:
             for name in plan.kept:
                 removed = list(plan.removed(name))

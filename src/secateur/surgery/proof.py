@@ -29,7 +29,7 @@ MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are represented by a 
 # What can be pruned where a proof is found. `head_dim` (of queries and keys) sets the scale of attention; `other` is
 # what the structure does not tell.
 OFFERED_KINDS = (
-    "ffn_channel", "attention_head", "kv_group", "query_head", "value_dim", "hidden", "layer", "expert",
+    "ffn_channel", "attention_head", "kv_group", "query_head", "value_dim", "hidden", "layer", "sublayer", "expert",
     "expert_group", "expert_channel", "latent", "ssm_channel", "ssm_head", "lora_rank",
 )  # fmt: skip
 
@@ -87,12 +87,13 @@ def _prove_family(
     model: PreTrainedModel, reference: Reference, solver: ConfigSolver, members: list[Group], generator: Generator
 ) -> Proof:
     group = members[0]
-    rule = solver.rule(group.family) or solver.tied_rule(group.family)
+    sublayers = group.kind == "sublayer"  # no field says how many there are; a layer lists those it lacks
+    rule = None if sublayers else solver.rule(group.family) or solver.tied_rule(group.family)
     families = rule.families if rule else (group.family,)
     count = _count(reference.groups, families, group, solver if rule else None)
     tied = tuple(f for f in families if f != group.family)
     facts = (group.kind, group.family, len(members), group.units, count)
-    fields = (*rule.fields, *rule.pins) if rule else ()
+    fields = (*rule.fields, *rule.pins) if rule else ("skip",) if sublayers else ()
     reason = ""
     for kept in _choices(reference.groups, families, Fraction(count, group.units), generator):
         check = LogitCheck(model, kept, reference)
@@ -123,9 +124,16 @@ def _choices(
 ) -> Iterator[dict[str, tuple[int, ...]]]:
     """Units to keep: chosen at random in every group; of layers then the first ones, as classes may fix a pattern."""
     members = [(g, max(1, int(share * g.units))) for g in groups if g.family in families]
-    yield {g.name: tuple(sorted(generator.choice(g.units, n, replace=False).tolist())) for g, n in members}
+    yield {g.name: _chosen(g, n, generator) for g, n in members}
     if members[0][0].blocks:
         yield {g.name: tuple(range(n)) for g, n in members}
+
+
+def _chosen(group: Group, count: int, generator: Generator) -> tuple[int, ...]:
+    """So many units of a group at random, those that must stay among them."""
+    others = [u for u in range(group.units) if u not in group.stays]
+    chosen = generator.choice(others, max(count, len(group.stays)) - len(group.stays), replace=False)
+    return tuple(sorted([*group.stays, *chosen.tolist()]))
 
 
 def _subject(model: PreTrainedModel, seed: int) -> PreTrainedModel:

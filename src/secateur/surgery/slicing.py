@@ -26,7 +26,7 @@ from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.field_rule import FieldRule, Findings
 from secateur.surgery.folding import find_folds, fold
-from secateur.surgery.per_layer import is_per_layer, per_layer_target, skeleton, widths_differ
+from secateur.surgery.per_layer import is_per_layer, layers_differ, per_layer_target, skeleton
 from secateur.surgery.rule_cache import RuleCache
 from secateur.surgery.shapes import build_on_meta, expected_shapes, shapes_of
 from secateur.surgery.state import cut_tensors, tied_names
@@ -46,10 +46,11 @@ def slice(
     """Remove what `plan` removes; `model` itself is left as it is.
 
     If every layer keeps the same widths, the result is built by the model's own class from an edited configuration, or,
-    where that class refuses the sizes, by a stock class with the same parameters. If widths differ by layer, it is
-    built by the class of `secateur.modeling_per_layer`, whose file goes into the folder when the model is saved. Its
-    logits on a probe are compared with those of the original under restricted reductions before it is returned. A model
-    with LoRA adapters in its modules (a `PeftModel`) is cut together with them; see `surgery.adapters`.
+    where that class refuses the sizes, by a stock class with the same parameters. If layers differ in width or lack a
+    sublayer, it is built by the class of `secateur.modeling_per_layer`, whose file goes into the folder when the model
+    is saved. Its logits on a probe are compared with those of the original under restricted reductions before it is
+    returned. A model with LoRA adapters in its modules (a `PeftModel`) is cut together with them; see
+    `surgery.adapters`.
 
     Args:
         reloadable: refuse widths that no configuration expresses. If False, such a cut is made in a copy of the
@@ -89,7 +90,7 @@ def cut(
         PlanError: no class expresses the cut; found before anything is computed with the model's weights, if possible.
     """
     solver = solver or layer_solver(model, groups)
-    if is_per_layer(model) or widths_differ(groups, kept):
+    if is_per_layer(model) or layers_differ(groups, kept):
         return rebuild_per_layer(model, groups, solver, kept, check)
     return rebuild(model, solver, kept, check)
 
@@ -207,9 +208,7 @@ def fitting(solver: ConfigSolver, kept: Kept) -> Iterator[Fit]:
         if not fits:
             reason = reason or f"{model_class.__name__} builds other shapes than the cut needs"
             if solver.groups.removed_blocks(kept):
-                reason += (
-                    ", as it fixes which layers are of which kind: keep the first ones (--layer-choice first)"
-                )
+                reason += ", as it fixes which layers are of which kind: keep the first ones (--layer-choice first)"
             continue
         found = True
         yield model_class, edited, rules

@@ -18,10 +18,9 @@ def renumbering(groups: Groups, kept: Kept) -> dict[str, str]:
     """Module path of every layer that stays -> its path in the cut model."""
     moved: dict[str, str] = {}
     for name, units in kept.items():
-        blocks = groups.named(name).blocks
-        for new, old in enumerate(sorted(units)):
-            if blocks:
-                moved[blocks[old]] = f"{blocks[old].rpartition('.')[0]}.{new}"
+        group = groups.named(name)
+        for new, old in enumerate(sorted(units) if group.kind == "layer" else ()):
+            moved[group.blocks[old]] = f"{group.blocks[old].rpartition('.')[0]}.{new}"
     return moved
 
 
@@ -37,10 +36,10 @@ def cut_tensors(model: PreTrainedModel, groups: Groups, kept: Kept) -> Iterator[
     """(new name, tensor) of every parameter and buffer that stays; uncut tensors are the model's own, not copies."""
     positions = groups.kept_positions(kept)
     moved = renumbering(groups, kept)
-    gone = tuple(block + "." for block in groups.removed_blocks(kept))
+    gone = groups.removed_prefixes(kept)
     state = model.state_dict()
     for name in groups.shapes:
-        if gone and name.startswith(gone):
+        if name.startswith(gone):
             continue
         tensor = state[name]
         for dim, keep in positions.get(name, {}).items():
@@ -51,9 +50,9 @@ def cut_tensors(model: PreTrainedModel, groups: Groups, kept: Kept) -> Iterator[
 def tied_names(groups: Groups, kept: Kept) -> dict[str, str]:
     """Further names of each parameter of the cut model -> the name it is listed under."""
     moved = renumbering(groups, kept)
-    gone = tuple(block + "." for block in groups.removed_blocks(kept))
+    gone = groups.removed_prefixes(kept)
     return {
         new_name(name, moved): new_name(of, moved)
         for name, of in groups.tied.items()
-        if not (gone and (name.startswith(gone) or of.startswith(gone)))
+        if not (name.startswith(gone) or of.startswith(gone))
     }

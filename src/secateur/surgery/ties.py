@@ -16,7 +16,7 @@ from secateur.surgery.shapes import Shapes, expected_shapes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-UNTIED_KINDS = ("layer", "head_dim")  # layers go one by one; a head's width sets the scale of attention
+UNTIED_KINDS = ("layer", "sublayer", "head_dim")  # blocks go one by one; a head's width sets the scale of attention
 MAX_FIELDS = 3  # fields that change at once
 MAX_SHARES = 2  # shares to try
 MAX_PINS = 8  # values to write for derived fields

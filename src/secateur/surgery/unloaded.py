@@ -26,7 +26,7 @@ from secateur.surgery.config_fields import numbers, rebuilt, values_of
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.field_rule import FieldRule
 from secateur.surgery.folding import Fold, drifted_scalars
-from secateur.surgery.per_layer import is_per_layer, skeleton, widths_differ
+from secateur.surgery.per_layer import is_per_layer, layers_differ, skeleton
 from secateur.surgery.rule_cache import RuleCache
 from secateur.surgery.shapes import build_on_meta
 from secateur.surgery.slicing import candidates, checked_solver, fitting, fitting_per_layer, rebuild_per_layer
@@ -68,7 +68,7 @@ def unloaded_cut(model: PreTrainedModel, groups: Groups, kept: Kept) -> Unloaded
     cached = RuleCache(uniform, of_uniform)
     solver = ConfigSolver(uniform, of_uniform, lambda rule, _: _as_proven(rule, twin), cached.load(), cached.save)
     families = {groups.named(name).family for name in kept}
-    if is_per_layer(model) or widths_differ(groups, kept):
+    if is_per_layer(model) or layers_differ(groups, kept):
         model_class, config = fitting_per_layer(model, groups, solver, kept)
         sample = _sample(reference.groups, families, uneven=True)
         check = LogitCheck(reference.model, sample, reference)
@@ -114,7 +114,7 @@ def _few_layers(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
     """The model on the meta device with `LAYERS` layers, or as many as it takes to have every family."""
     solver = ConfigSolver(model, groups)
     first = {g.family: g.layer for g in reversed(groups.groups) if g.layer is not None}
-    layers = next((g for g in groups if g.blocks and solver.rule(g.family)), None)
+    layers = next((g for g in groups if g.kind == "layer" and solver.rule(g.family)), None)
     if layers is None:
         raise PlanError(f"{type(model).__name__} has no field for its number of layers, so no small twin can be made")
     depth = min(max(LAYERS, *(layer + 1 for layer in first.values())), layers.units)
@@ -163,7 +163,8 @@ def _sample(groups: Groups, families: set[str], *, uneven: bool = False) -> Kept
     for group in members:
         divisor = together if together > 1 else _smallest_divisor(group.units)
         whole = divisor == 1 or (uneven and group.layer is not None and group.layer % 2 == 0)
-        kept[group.name] = range(0 if whole else group.units // divisor, group.units)
+        fewer = 0 if whole else group.units // divisor
+        kept[group.name] = range(group.units - fewer) if group.stays else range(fewer, group.units)
     return {name: units for name, units in kept.items() if len(units) < groups.named(name).units}
 
 
