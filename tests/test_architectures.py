@@ -13,6 +13,18 @@ from secateur.surgery import prove
 SAMPLE = ["bert", "deepseek_v3", "falcon_h1", "gpt_oss", "mamba", "mixtral", "phi3", "qwen3_moe"]
 
 
+# Every fourth type; the whole sweep takes half an hour.
+QUARTER = [t for t in zoo.model_types()[::4] if t not in zoo.UNSUPPORTED and t not in SAMPLE]
+
+
+@pytest.mark.parametrize("model_type", QUARTER)
+def test_what_is_offered_is_proven_on_a_quarter_of_all_architectures(model_type):
+    found = prove(zoo.tiny_model(model_type))
+    assert any(proof.proven for proof in found)
+    assert all(proof.max_difference < 1e-9 for proof in found if proof.proven)
+    assert all(proof.reason for proof in found if proof.route != "config")
+
+
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_groups_of_any_architecture_are_right(model_type):
     model = zoo.tiny_model(model_type)
