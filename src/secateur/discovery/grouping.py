@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -127,17 +128,14 @@ def _sublayer_groups(structure: Structure, home: str, layers: list[str], taken: 
     for position, blocks in positions.items():
         if len(blocks) < 2:
             continue
-        name = f"{home}/{position}"
-        first = [u for u, block in enumerate(blocks) if any(p.startswith(block + ".") for p in attending)][:1]
+        name = f"{home}/{position}" if f"{home}/{position}" not in taken else f"{home}/{position}-2"
+        with_heads = (u for u, block in enumerate(blocks) if any(p.startswith(block + ".") for p in attending))
+        stays = tuple(itertools.islice(with_heads, 1))
         results = sorted({trace.children[block].results for block in blocks})
         alike = results in ([0], [2])
         refusals = () if alike else ("its blocks do not all return a tensor, or all a pair that begins with one",)
-        found.append(
-            Group(
-                name if name not in taken else f"{name}-2", "sublayer", len(blocks), (), tuple(blocks), refusals,
-                stays=tuple(first), results=results[0],
-            )
-        )  # fmt: skip
+        group = Group(name, "sublayer", len(blocks), blocks=tuple(blocks), refusals=refusals)
+        found.append(replace(group, stays=stays, results=results[0]))
     return found
 
 

@@ -69,7 +69,7 @@ class LayerFlow:
         """Learn from one operation."""
         total = None if self.inside else self._result(func.overloadpacket, args, kwargs)
         if func._schema.is_mutable and args and isinstance(args[0], Tensor):
-            written = args[0]
+            written = args[0]  # whatever shares its memory is something else now
             for known in [t for t in self._sums if torch._C._is_alias_of(t, written)]:  # type: ignore[attr-defined]
                 del self._sums[known]
         if total is not None:
