@@ -36,7 +36,7 @@ LEGEND = """## Model types and kinds
 
 `ok`: proven (the sliced model gives the logits of the model without the units, in float64 to 1e-9), and a class of
 transformers loads the result (of `sublayer`, the bundled class for layers that differ). `ok+`: the same, together with
-families that the class ties to it. `mem`: proven in memory; the class has no field for it, so the result cannot be saved
+families that the class ties to it. `mem`: proven in memory; no field of the class says it, so it cannot be saved
 as it is. `no`: refused, or not expressible; the reasons are below. Blank: the model has none. A cell shows the best of
 the families of its kind.
 """
