@@ -7,7 +7,6 @@ import torch
 import zoo
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from secateur import cli
 from secateur.allocation import Budget, allocate
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference, plain_logits
@@ -18,19 +17,6 @@ from secateur.surgery import expressible, slice
 
 TYPES = ["mixtral", "qwen3_moe"]
 KINDS = ["expert", "expert_channel"]
-
-
-@pytest.fixture
-def secateur(monkeypatch, capfd):
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["secateur", *map(str, arguments)])
-        try:
-            cli.main()
-        except SystemExit as stop:
-            return (stop.code or 0, *capfd.readouterr())
-        return (0, *capfd.readouterr())
-
-    return run
 
 
 @pytest.mark.parametrize("model_type", TYPES)

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from secateur import checkpoint, cli
+from secateur import checkpoint
 from secateur.discovery import discover
 from secateur.errors import CheckpointError, PlanError
 from secateur.plan import PruningPlan
@@ -40,21 +39,10 @@ def folder(tokenizer, tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def secateur(monkeypatch, capfd):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, capfd.readouterr().err
-
-    return call
-
-
 def test_nothing_runs_without_consent(folder, text_file, secateur, tmp_path):
     for command in (["groups", folder], ["eval", folder, "--text", text_file],
                     ["prune", folder, "-o", tmp_path / "out", "--sparsity", 0.2]):  # fmt: skip
-        code, err = secateur(*command)
+        code, _, err = secateur(*command)
         lines = [line for line in err.splitlines() if not line.startswith("- ")]
         assert code == 2 and len(lines) == 1
         assert lines[0].startswith(f"error: {folder} comes with code of its own") and "--trust-remote-code" in lines[0]
@@ -86,7 +74,7 @@ def test_shapes_are_enough_to_list_the_groups(folder):
 
 def test_prune_recover_and_eval_with_the_code_carried_along(folder, text_file, secateur, tmp_path):
     output, trust = tmp_path / "small", "--trust-remote-code"
-    code, err = secateur(
+    code, _, err = secateur(
         "prune", folder, "-o", output, "--sparsity", 0.2, "--calibration", text_file, "--samples", 4, "--seq-len", 32,
         "--text", text_file, trust, "--recover-steps", 2, "--data", text_file,
     )  # fmt: skip
@@ -98,11 +86,11 @@ def test_prune_recover_and_eval_with_the_code_carried_along(folder, text_file, s
     assert "comes with the checkpoint (`modeling_tiny.py`)" in (output / "README.md").read_text()
     results = json.loads((output / "results.json").read_text())
     figures = results["perplexity"]["stories"]
-    code, err = secateur("eval", output, "--text", text_file, trust, "--json", tmp_path / "e.json")
+    code, _, err = secateur("eval", output, "--text", text_file, trust, "--json", tmp_path / "e.json")
     assert code == 0, err
     value = json.loads((tmp_path / "e.json").read_text())["perplexity"]["stories"]["value"]
     assert value == pytest.approx(figures["recovered"], rel=1e-6)
-    code, err = secateur("eval", output, "--text", text_file)
+    code, _, err = secateur("eval", output, "--text", text_file)
     assert code == 2 and "comes with code of its own" in err
     moved = shutil.copytree(output, tmp_path / "elsewhere")
     again = AutoModelForCausalLM.from_pretrained(moved, trust_remote_code=True)
@@ -134,10 +122,10 @@ def test_quantised_checkpoints_are_refused_before_they_are_loaded(checkpoint_fol
     for command in (["prune", packed, "-o", tmp_path / "out", "--sparsity", 0.2],
                     ["recover", packed, "-o", tmp_path / "out", "--data", text_file],
                     ["groups", packed, "--verify"]):  # fmt: skip
-        code, err = secateur(*command)
+        code, _, err = secateur(*command)
         assert code == 2 and "is quantised (bitsandbytes)" in err and "prune the float checkpoint" in err
     assert not (tmp_path / "out").exists()
-    code, err = secateur("groups", packed)
+    code, _, err = secateur("groups", packed)
     assert code == 0, err  # shapes are those of the dense form
 
 

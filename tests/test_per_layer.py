@@ -11,7 +11,7 @@ import torch
 from families import LLAMA_LIKE, make
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, StaticCache, pipeline
 
-from secateur import checkpoint, cli
+from secateur import checkpoint
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference, plain_logits
 from secateur.discovery.trace import probe_ids
@@ -321,13 +321,12 @@ def test_configurations_survive_copies_and_pickling(small, tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(secateur):
+    """A command that must succeed."""
+
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        _, err = capfd.readouterr()
-        assert not stop.value.code, err
+        code, _, err = secateur(*arguments)
+        assert code == 0, err
 
     return run
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from secateur import checkpoint, cli
+from secateur import checkpoint
 
 CODE = '''
 import torch
@@ -99,24 +99,14 @@ def odd_folder(tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
-def run(monkeypatch, capfd, *arguments):
-    monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = stop.code or 0
-    return (code, *capfd.readouterr())
-
-
-def test_without_consent_its_code_does_not_run(odd_folder, tmp_path, monkeypatch, capfd):
-    code, _, err = run(monkeypatch, capfd, "prune", odd_folder, "-o", tmp_path / "o", "--sparsity", 0.2)
+def test_without_consent_its_code_does_not_run(odd_folder, tmp_path, secateur):
+    code, _, err = secateur("prune", odd_folder, "-o", tmp_path / "o", "--sparsity", 0.2)
     assert code == 2 and err.count("error: ") == 1 and "--trust-remote-code" in err and not (tmp_path / "o").exists()
 
 
-def test_its_layout_is_discovered_and_proven(odd_folder, tmp_path, monkeypatch, capfd):
+def test_its_layout_is_discovered_and_proven(odd_folder, tmp_path, secateur):
     flags = ["--verify", "--trust-remote-code", "--json", tmp_path / "g.json"]
-    code, _, err = run(monkeypatch, capfd, "groups", odd_folder, *flags)
+    code, _, err = secateur("groups", odd_folder, *flags)
     assert code == 0, err
     families = json.loads((tmp_path / "g.json").read_text())["families"]
     proven = {f["kind"]: f["proof"]["route"] for f in families if f["prunable"]}
@@ -124,10 +114,10 @@ def test_its_layout_is_discovered_and_proven(odd_folder, tmp_path, monkeypatch, 
     assert wanted <= set(proven) and all(proven[kind] == "config" for kind in wanted)
 
 
-def test_it_is_pruned_and_its_code_goes_along(odd_folder, text_file, tmp_path, monkeypatch, capfd):
+def test_it_is_pruned_and_its_code_goes_along(odd_folder, text_file, tmp_path, secateur):
     flags = ["--sparsity", 0.2, "--calibration", text_file, "--samples", 4, "--seq-len", 32, "--text", text_file]
     output = tmp_path / "small"
-    code, _, err = run(monkeypatch, capfd, "prune", odd_folder, "-o", output, "--trust-remote-code", *flags)
+    code, _, err = secateur("prune", odd_folder, "-o", output, "--trust-remote-code", *flags)
     assert code == 0, err
     small = checkpoint.load(output, trust_remote_code=True).model
     assert small.config.inner < 28 and (output / "modeling_odd.py").exists()

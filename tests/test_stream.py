@@ -22,7 +22,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from secateur import cli
 from secateur.checkpoint import cut_streaming, output_folder
 from secateur.checkpoint import stream as streaming
 from secateur.checkpoint.shards import INDEX
@@ -333,17 +332,6 @@ def test_killed_while_writing_leaves_nothing_and_the_next_run_cleans_up(dense, p
 
 
 @pytest.fixture
-def secateur(monkeypatch, capfd):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, capfd.readouterr().err
-
-    return run
-
-
-@pytest.fixture
 def never_loaded(monkeypatch):
     monkeypatch.setattr("secateur.checkpoint.load", lambda *_, **__: pytest.fail("the model was loaded"))
 
@@ -351,7 +339,7 @@ def never_loaded(monkeypatch):
 def test_prune_with_a_plan_does_not_load_the_model(secateur, checkpoint_folder, tmp_path, never_loaded):
     groups = discover(make("llama", hidden_size=48, intermediate_size=96, num_hidden_layers=3))
     scattered_plan(groups, ("ffn_channel",)).save(tmp_path / "plan.json")
-    code, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["surgery"] == "streaming" and results["streaming"]["bytes_written"] > 0
@@ -368,7 +356,7 @@ def test_what_cannot_be_cut_tensor_by_tensor_is_loaded(secateur, tmp_path):
     groups = discover(model)
     first = groups.of_kinds(["expert_channel"])[0]
     PruningPlan({first.name: tuple(range(16))}, {first.name: first.units}).save(tmp_path / "plan.json")
-    code, err = secateur("prune", tmp_path / "dense", "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
+    code, _, err = secateur("prune", tmp_path / "dense", "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
     assert code == 0 and "the whole model is loaded" in err, err
     assert "would be stored in other pieces" in err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -377,7 +365,7 @@ def test_what_cannot_be_cut_tensor_by_tensor_is_loaded(secateur, tmp_path):
 
 def test_another_dtype_is_no_matter_of_copying(secateur, dense, plan, tmp_path):
     plan.save(tmp_path / "plan.json")
-    code, err = secateur(
+    code, _, err = secateur(
         "prune", dense, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json", "--dtype", "bfloat16"
     )
     assert code == 0, err
