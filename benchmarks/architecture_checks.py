@@ -40,17 +40,33 @@ GENERATED = 5
 Record = dict[str, Any]
 
 
-def examine(model_type: str) -> Iterator[Record]:
-    """Everything known about a model type, again after each stage, so that what is found survives a time limit."""
-    start = time.perf_counter()
-    record: Record = {"schema": 1, "model_type": model_type}
-    stages: tuple[tuple[str, Callable[[PreTrainedModel, Groups, Record], object]], ...] = (
-        ("hazards", lambda model, groups, record: hazards(run_trace(model))),
-        ("families", lambda model, groups, record: families(groups, prove(model))),
-        ("without_weights", lambda model, groups, record: without_weights(model)),
-        ("controls", lambda model, groups, record: controls(model, proven_families(record["families"]))),
-        ("round_trip", lambda model, groups, record: round_trip(model, groups)),
-    )
+Stage = Callable[[PreTrainedModel, Groups, Record], object]
+STAGES: dict[str, Stage] = {
+    "hazards": lambda model, groups, record: hazards(run_trace(model)),
+    "families": lambda model, groups, record: families(groups, prove(model)),
+    "without_weights": lambda model, groups, record: without_weights(model),
+    "controls": lambda model, groups, record: controls(model, proven_families(record["families"])),
+    "round_trip": lambda model, groups, record: round_trip(model, groups),
+    "float32": lambda model, groups, record: float32(model, proven_families(record["families"])),
+}
+
+
+def missing_stages(record: Record) -> list[str]:
+    """The stages that have neither a result nor an error yet."""
+    if record.get("instantiated") is False or record.get("traced") is False:
+        return []
+    return [name for name in STAGES if name not in record and name not in record.get("errors", {})]
+
+
+def examine(model_type: str, known: Record) -> Iterator[Record]:
+    """Everything known about a model type, again after each stage, so that what is found survives a time limit.
+
+    Args:
+        known: a record of an earlier run, whose stages are not repeated.
+    """
+    start = time.perf_counter() - known.get("seconds", 0.0)
+    record: Record = {"schema": 1, "model_type": model_type, **known}
+    record.pop("stopped", None)
     try:
         model = zoo.tiny_model(model_type)
     except zoo.ZooError as error:
@@ -64,10 +80,10 @@ def examine(model_type: str) -> Iterator[Record]:
         yield record | {"traced": False, "reason": reason(error)}
         return
     record["traced"] = True
-    for name, stage in stages:
+    for name in missing_stages(record):
         begin = time.perf_counter()
         try:
-            record[name] = stage(model, groups, record)
+            record[name] = STAGES[name](model, groups, record)
         except Exception as error:  # likewise
             record.setdefault("errors", {})[name] = {"reason": reason(error), "traceback": traceback.format_exc()}
         record.setdefault("seconds_of", {})[name] = round(time.perf_counter() - begin, 2)
@@ -234,6 +250,32 @@ def controls(model: PreTrainedModel, proven: Sequence[str], wanted: int = CONTRO
             found["caught"] += 1
         else:
             found["missed"].append(f"{group.name}: {group.members[number].parameter}")
+    return found
+
+
+def float32(model: PreTrainedModel, proven: Sequence[str], seed: int = 0) -> Record:
+    """Differences of logits in single precision, as a share of the largest logit: cut in memory as proven in double
+    precision, and both then rounded."""
+    double = with_noise(copy.deepcopy(model), seed)
+    reference, single = Reference(double), Reference(copy.deepcopy(double).float())
+    generator = np.random.default_rng(seed)
+    found: Record = {"families": 0, "largest": 0.0, "above": [], "not_cut": 0}
+    for family in proven:
+        members = [g for g in reference.groups if g.family == family]
+        kept = {}
+        for group in members:
+            units = generator.choice(np.arange(1, group.units), max(1, group.units * 3 // 4 - 1), replace=False)
+            kept[group.name] = tuple(sorted({0, *(int(u) for u in units)}))
+        small = cut_modules(double, reference.groups, kept, LogitCheck(double, kept, reference).same)
+        if small is None:
+            found["not_cut"] += 1
+            continue
+        wanted = single.logits(single.ids, kept)
+        off = float((plain_logits(small[0].float(), single.ids) - wanted).abs().max() / wanted.abs().max())
+        found["families"] += 1
+        found["largest"] = max(found["largest"], off)
+        if off > CLOSE:
+            found["above"].append(f"{family}: {off:.1e}")
     return found
 
 

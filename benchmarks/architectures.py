@@ -2,9 +2,10 @@
 
     python benchmarks/architectures.py [--only llama,gpt2] [--part 1/4] [--again] [--jobs 2]
 
-writes one file per model type to benchmarks/results/architectures. Types that have one are skipped, so an interrupted
-run goes on where it stopped. Each model runs in a process of its own with a time limit; see `architecture_checks.py`
-for what is checked. `python benchmarks/architectures_page.py` turns the files into docs/architectures.md.
+writes one file per model type to benchmarks/results/architectures. What a file holds already is not done again, so an
+interrupted run goes on where it stopped. Each model runs in a process of its own with a time limit; see
+`architecture_checks.py` for what is checked. `python benchmarks/architectures_page.py` turns the files into
+docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import zoo
+from architecture_checks import examine, missing_stages
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from secateur.pipeline import PACKAGES, write_json
@@ -53,12 +56,14 @@ def chosen_types(only: str | None, part: str | None) -> list[str]:
 class Worker:
     """One model type in a process of its own, which writes what it knows after each stage."""
 
-    def __init__(self, model_type: str, target: Path) -> None:
+    def __init__(self, model_type: str, target: Path, again: bool) -> None:
         self.model_type = model_type
         self.target = target
         self.start = time.monotonic()
         self.folder = tempfile.TemporaryDirectory(prefix="secateur-sweep-")
         self.known = Path(self.folder.name) / "known.json"
+        if target.exists() and not again:
+            shutil.copy(target, self.known)
         self.log = Path(self.folder.name) / "log"
         cache = {"XDG_CACHE_HOME": self.folder.name}  # nothing known from earlier runs
         with self.log.open("w") as log:
@@ -93,8 +98,13 @@ class Worker:
         self.folder.cleanup()
 
 
-def sweep(types: Sequence[str], folder: Path, jobs: int, limit: float) -> None:
-    """Run `jobs` workers at a time until every type has its file."""
+def complete(file: Path) -> bool:
+    """Whether a model type has all its results."""
+    return file.exists() and not missing_stages(json.loads(file.read_text()))
+
+
+def sweep(types: Sequence[str], folder: Path, jobs: int, limit: float, again: bool) -> None:
+    """Run `jobs` workers at a time until every type has its results."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting, running = list(reversed(types)), list[Worker]()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -104,7 +114,7 @@ def sweep(types: Sequence[str], folder: Path, jobs: int, limit: float) -> None:
             while waiting or running:
                 while waiting and len(running) < jobs:
                     model_type = waiting.pop()
-                    running.append(Worker(model_type, folder / f"{model_type}.json"))
+                    running.append(Worker(model_type, folder / f"{model_type}.json", again))
                 progress.update(task, description=", ".join(w.model_type for w in running))
                 for worker in [w for w in running if w.done(limit)]:
                     running.remove(worker)
@@ -117,12 +127,12 @@ def sweep(types: Sequence[str], folder: Path, jobs: int, limit: float) -> None:
 
 def work(model_type: str, output: Path) -> None:
     """What a worker does."""
-    from architecture_checks import examine
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     versions = {name: version(name) for name in PACKAGES}
-    for record in examine(model_type):
+    known = json.loads(output.read_text()) if output.exists() else {}
+    for record in examine(model_type, known if known.get("versions") == versions else {}):
         write_json(output, record | {"versions": versions})
 
 
@@ -140,10 +150,10 @@ def main() -> None:
         work(args.worker, args.output)
         return
     types = chosen_types(args.only, args.part)
-    todo = [t for t in types if args.again or not (args.output / f"{t}.json").exists()]
+    todo = [t for t in types if args.again or not complete(args.output / f"{t}.json")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended then, too
     try:
-        sweep(todo, args.output, args.jobs, args.limit)
+        sweep(todo, args.output, args.jobs, args.limit, args.again)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on from here") from None
 

@@ -17,6 +17,7 @@ from secateur.surgery import OFFERED_KINDS
 RESULTS = Path(__file__).parent / "results" / "architectures"
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 TOLERANCE = 1e-9  # of logits in float64
+FLOAT32 = 1e-5  # of the largest logit
 KIND_GROUPS = {
     "FFN channels": ("ffn_channel",),
     "heads or KV groups": ("attention_head", "kv_group", "query_head", "ssm_head"),
@@ -111,12 +112,16 @@ def summary(records: Sequence[Record]) -> list[str]:
     whole = [t for t in trips if t["ok"] and {"hidden", "ffn_channel"} <= set(t["kinds"]) and _heads(t)]
     passed = [t for t in trips if t["ok"]]
     generated = [t["generates"]["same"] for t in passed]
+    single = [r["float32"] for r in traced if "float32" in r]
+    above = sum(len(s["above"]) for s in single)
     caught, total = (sum(r.get("controls", {}).get(k, 0) for r in traced) for k in ("caught", "total"))
     lines += [
         f"| discovery without weights gives the same groups | {share(same.count(True), len(traced))} |",
         f"| round trip through `from_pretrained`, of all that has fields | {share(len(passed), len(traced))} |",
         f"| of those with hidden, heads and FFN channels cut together | {len(whole)} |",
         f"| of those generating with a cache as without | {share(generated.count(True), len(generated))} |",
+        f"| the same cuts in float32: families | {sum(s['families'] for s in single)} |",
+        f"| of those whose logits differ by more than {FLOAT32:g} of the largest | {above} |",
         f"| negative controls caught | {share(caught, total)} |",
     ]
     if stopped:
@@ -184,6 +189,7 @@ def failures(records: Sequence[Record]) -> list[str]:
     generation: dict[str, list[str]] = {}
     errors: dict[str, list[str]] = {}
     missed: dict[str, list[str]] = {}
+    rounding: dict[str, list[str]] = {}
     for record in records:
         name = record["model_type"]
         families = [f["family"] for f in record.get("families", [])]
@@ -206,6 +212,8 @@ def failures(records: Sequence[Record]) -> list[str]:
             note(errors, f"{stage}: {error['reason']}")
         for text in record.get("controls", {}).get("missed", []):
             note(missed, text)
+        for text in record.get("float32", {}).get("above", []):
+            rounding.setdefault(text, []).append(name)
         if "stopped" in record:
             note(errors, record["stopped"])
     return [
@@ -214,6 +222,7 @@ def failures(records: Sequence[Record]) -> list[str]:
         *listed("Loaded models that do not generate with a cache as without", generation),
         *listed("Discovery that needs weights", weights),
         *listed("Negative controls that were not caught", missed),
+        *listed("Cuts that differ by more in float32", rounding),
         *listed("Checks that did not finish", errors),
     ]
 
