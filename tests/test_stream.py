@@ -389,3 +389,11 @@ def test_memory_is_bounded_by_a_block(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "write_shards", traced)
     report = stream(tmp_path / "dense", plan, tmp_path / "out")
     assert report.bytes_written > 8_000_000 and peaks[0] < 1_000_000
+
+
+def test_a_tier_that_the_plan_does_not_give_is_refused(secateur, checkpoint_folder, tmp_path):
+    groups = discover(AutoModelForCausalLM.from_pretrained(checkpoint_folder))
+    uneven_plan(groups, ("ffn_channel",)).save(tmp_path / "plan.json")
+    flags = ["--plan", tmp_path / "plan.json", "--tier", "uniform"]
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *flags)
+    assert code == 2 and "the tier uniform is not possible" in err and not (tmp_path / "out").exists()

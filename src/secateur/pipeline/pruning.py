@@ -83,7 +83,7 @@ def _to_stream(recipe: Recipe) -> Path | None:
     """The folder to cut without loading the model; None if it is none, or the weights are needed for more than that."""
     place = BUNDLED.get(recipe.model.source, Path(recipe.model.source))
     more = recipe.evaluation.texts or recipe.recovery is not None or recipe.model.dtype is not None
-    return place if place.is_dir() and not more and recipe.prune.tier != "padded" else None
+    return place if place.is_dir() and not more and recipe.prune.tier == "auto" else None
 
 
 def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bool) -> Results:
