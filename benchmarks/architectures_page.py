@@ -61,8 +61,8 @@ def reasons_of(family: Record) -> list[str]:
 
 def general(text: str, families: Iterable[str]) -> str:
     """A reason without what is particular to one model, so that equal ones can be told once."""
-    for name in sorted(families, key=len, reverse=True):
-        text = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", f"the {name.rpartition('/')[2]} family", text)
+    if names := "|".join(re.escape(name) for name in sorted(families, key=len, reverse=True)):
+        text = re.sub(rf"(?<!\w)({names})(?![\w-])", lambda m: f"the {m[1].rpartition('/')[2]} family", text)
     text = re.sub(r"\b[A-Z]\w*(Config|ForCausalLM|LMHeadModel|Model|Generation|Decoder)\b", "the class", text)
     text = re.sub(r"\b\d+(\.\d+)?(e-?\d+)?\b", "N", text)
     return re.sub(r"(\b[\w*]+\.)+([\w*]+)(?= |,|$|\))", _last_parts, text)
@@ -122,6 +122,7 @@ def summary(records: Sequence[Record]) -> list[str]:
         f"| of those generating with a cache as without | {share(generated.count(True), len(generated))} |",
         f"| the same cuts in float32: families | {sum(s['families'] for s in single)} |",
         f"| of those whose logits differ by more than {FLOAT32:g} of the largest | {above} |",
+        f"| families that could not be cut in memory for this comparison | {sum(s['not_cut'] for s in single)} |",
         f"| negative controls caught | {share(caught, total)} |",
     ]
     if stopped:

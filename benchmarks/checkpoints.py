@@ -33,8 +33,17 @@ from secateur.export import compare, export_gguf, export_vllm, llama_cpp
 from secateur.importance import Random, score
 from secateur.pipeline import PACKAGES, write_json
 from secateur.surgery import expressible, pad, slice
+from secateur.surgery.config_fields import NOT_ARGUMENTS
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "gpt_neox", "opt", "mixtral", "qwen3_moe")
+# What published checkpoints have, where the zoo's configurations bring out every kind of layer and of mask.
+NO_WINDOW = {"sliding_window": None, "use_sliding_window": False, "layer_types": None}
+AS_PUBLISHED: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen2": NO_WINDOW,
+    "qwen3": NO_WINDOW,
+    "qwen3_moe": {**NO_WINDOW, "mlp_only_layers": [], "norm_topk_prob": True},
+}
 KINDS = ("ffn_channel", "kv_group", "attention_head", "expert")
 SHARE = 0.34  # of the units
 SEED = 0
@@ -56,8 +65,9 @@ Cell = dict[str, Any]
 def dense_model(model_type: str, tokenizer: Any) -> PreTrainedModel:
     """A random float32 model with the vocabulary of the tokenizer, three layers, and no constant parameter."""
     config = zoo.tiny_config(model_type)
-    config.vocab_size = len(tokenizer)
-    config.num_hidden_layers = max(config.num_hidden_layers, 3)
+    fields = {name: value for name, value in config.to_dict().items() if name not in NOT_ARGUMENTS}
+    sizes = {"vocab_size": len(tokenizer), "num_hidden_layers": max(config.num_hidden_layers, 3)}
+    config = type(config)(**{**fields, **sizes, **AS_PUBLISHED.get(model_type, {})})
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
