@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import zoo
+from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from secateur.allocation import Budget, allocate
@@ -31,11 +32,16 @@ from secateur.surgery.trial import LogitCheck, with_noise
 
 HEAD_KINDS = ("kv_group", "attention_head", "query_head", "ssm_head")
 ROUND_TRIP_KINDS = ("hidden", "ffn_channel", "expert", "expert_channel")
-CONTROLS = 4  # per model
-MAX_ATTEMPTS = 16  # choices of a family and a member, of which some make no control
+CONTROLS = 6  # per model
+MAX_ATTEMPTS = 20  # choices of a family and a member, of which some make no control
+RARE_KINDS = ("expert_group", "layer", "sublayer", "other", "head_dim")  # few families have them, so they come first
 SHARES = (0.4, 0.5, 0.34)  # of the units that the round trip removes: the first that the class allows
 CLOSE = 1e-5  # of the largest logit, in float32
 GENERATED = 5
+NO_SUM = (
+    "its layers are no sum of what enters them and what their children put out (what entered is normalised or scaled "
+    "on the way, or the children add it themselves), so nothing can be left out of them"
+)
 
 Record = dict[str, Any]
 
@@ -44,10 +50,10 @@ Stage = Callable[[PreTrainedModel, Groups, Record], object]
 STAGES: dict[str, Stage] = {
     "hazards": lambda model, groups, record: hazards(run_trace(model)),
     "families": lambda model, groups, record: families(groups, prove(model)),
+    "absent": lambda model, groups, record: absent(groups, run_trace(model)),
     "without_weights": lambda model, groups, record: without_weights(model),
     "controls": lambda model, groups, record: controls(model, proven_families(record["families"])),
     "round_trip": lambda model, groups, record: round_trip(model, groups),
-    "float32": lambda model, groups, record: float32(model, proven_families(record["families"])),
 }
 
 
@@ -166,7 +172,14 @@ def round_trip(model: PreTrainedModel, groups: Groups) -> Record:
     for share in SHARES:
         try:
             cuttable = replace(groups, groups=tuple(chosen))
-            plan = allocate(cuttable, scores, Budget(unit_sparsity=share), feasible=can.feasible, ties=can.ties)
+            plan = allocate(
+                cuttable,
+                scores,
+                Budget(unit_sparsity=share),
+                feasible=can.feasible,
+                ties=can.ties,
+                multiples=can.multiples,
+            )
             break
         except BudgetError as error:
             found["reason"] = reason(error)
@@ -206,34 +219,35 @@ def generates(model: PreTrainedModel) -> Record:
         return {"same": None, "reason": reason(error)}
 
 
+def absent(groups: Groups, trace: Trace) -> dict[str, str]:
+    """Why there are no layers, or nothing that could be left out of single ones, where there are none."""
+    homes = [g.blocks[0].rpartition(".")[0] for g in groups if g.kind == "layer"]
+    if not homes:
+        return dict.fromkeys(("layer", "sublayer"), "no two blocks in a row put out hidden states like those they take")
+    if any(g.kind == "sublayer" for g in groups):
+        return {}
+    if not any(added for path, added in trace.added.items() if path.rpartition(".")[0] in homes):
+        return {"sublayer": NO_SUM}
+    return {
+        "sublayer": "what its layers add comes from children that take or put out something else than hidden states"
+    }
+
+
 def controls(model: PreTrainedModel, proven: Sequence[str], wanted: int = CONTROLS, seed: int = 0) -> Record:
-    """Shift the slice of one member of a proven family by one unit; a cut with it must not pass as right.
+    """Shift the slice of one member of a proven family by one unit, or take the next block instead of the one to go;
+    a cut with it must not pass as right.
 
     A control counts only if the same cut passes with the right slices, and if the logits depend on what was shifted
     (they do not on the bias of keys that are not rotated, for example).
     """
     subject = with_noise(copy.deepcopy(model), seed)
     reference = Reference(subject)
-    generator = np.random.default_rng(seed)
-    pool = [
-        (group, number)
-        for family in proven
-        for group in reference.groups
-        if group.family == family and len(group.members) > 1
-        for number in range(len(group.members))
-    ]
-    by_family: dict[str, list[tuple[Group, int]]] = {}
-    for index in generator.permutation(len(pool)):
-        by_family.setdefault(pool[index][0].family, []).append(pool[index])
-    turns = [
-        q[i] for i in range(max(map(len, by_family.values()), default=0)) for q in by_family.values() if i < len(q)
-    ]
     found: Record = {"total": 0, "caught": 0, "missed": [], "kinds": [], "without_effect": 0, "not_cut": 0}
     passes: dict[str, bool] = {}
-    for group, number in turns[:MAX_ATTEMPTS]:
+    for group, number in _turns(reference.groups, proven, np.random.default_rng(seed))[:MAX_ATTEMPTS]:
         if found["total"] == wanted:
             break
-        kept = {group.name: tuple(range(1, group.units))}
+        kept = {group.name: _without_one(group)}
         check = LogitCheck(subject, kept, reference)
         if group.name not in passes:
             passes[group.name] = cut_modules(subject, reference.groups, kept, check.same) is not None
@@ -241,7 +255,7 @@ def controls(model: PreTrainedModel, proven: Sequence[str], wanted: int = CONTRO
             found["not_cut"] += 1
             continue
         wrong = shifted(reference.groups, group, number)
-        if not _has_effect(subject, reference.groups, wrong, group, number):
+        if not _has_effect(reference, wrong, group, number):
             found["without_effect"] += 1
             continue
         found["total"] += 1
@@ -249,50 +263,49 @@ def controls(model: PreTrainedModel, proven: Sequence[str], wanted: int = CONTRO
         if cut_modules(subject, wrong, kept, check.same) is None:
             found["caught"] += 1
         else:
-            found["missed"].append(f"{group.name}: {group.members[number].parameter}")
+            shifted_part = group.members[number].parameter if group.members else "the next block"
+            found["missed"].append(f"{group.name}: {shifted_part}")
     return found
 
 
-def float32(model: PreTrainedModel, proven: Sequence[str], seed: int = 0) -> Record:
-    """Differences of logits in single precision, as a share of the largest logit: cut in memory as proven in double
-    precision, and both then rounded."""
-    double = with_noise(copy.deepcopy(model), seed)
-    reference, single = Reference(double), Reference(copy.deepcopy(double).float())
-    generator = np.random.default_rng(seed)
-    found: Record = {"families": 0, "largest": 0.0, "above": [], "not_cut": 0}
-    for family in proven:
-        members = [g for g in reference.groups if g.family == family]
-        kept = {}
-        for group in members:
-            units = generator.choice(np.arange(1, group.units), max(1, group.units * 3 // 4 - 1), replace=False)
-            kept[group.name] = tuple(sorted({0, *(int(u) for u in units)}))
-        small = cut_modules(double, reference.groups, kept, LogitCheck(double, kept, reference).same)
-        if small is None:
-            found["not_cut"] += 1
-            continue
-        wanted = single.logits(single.ids, kept)
-        off = float((plain_logits(small[0].float(), single.ids) - wanted).abs().max() / wanted.abs().max())
-        found["families"] += 1
-        found["largest"] = max(found["largest"], off)
-        if off > CLOSE:
-            found["above"].append(f"{family}: {off:.1e}")
-    return found
+def _turns(groups: Groups, proven: Sequence[str], generator: np.random.Generator) -> list[tuple[Group, int]]:
+    """Groups of proven families with the number of the member to shift: each family in turn, rare kinds first."""
+    by_family: dict[str, list[tuple[Group, int]]] = {}
+    for group in groups:
+        if group.family in proven and (len(group.members) > 1 or len(group.blocks) > 1 + len(group.stays)):
+            numbers = range(len(group.members)) if group.members else range(1)
+            by_family.setdefault(group.family, []).extend((group, n) for n in numbers)
+    queues = [[q[i] for i in generator.permutation(len(q))] for q in by_family.values()]
+    queues.sort(key=lambda q: q[0][0].kind not in RARE_KINDS)
+    return [q[i] for i in range(max(map(len, queues), default=0)) for q in queues if i < len(q)]
+
+
+def _without_one(group: Group) -> tuple[int, ...]:
+    """All units but the first that may go."""
+    gone = next(u for u in range(group.units) if u not in group.stays)
+    return tuple(u for u in range(group.units) if u != gone)
 
 
 def shifted(groups: Groups, group: Group, number: int) -> Groups:
-    """The groups with one member whose unit u holds the positions of unit u - 1."""
-    member = group.members[number]
-    wrong = replace(member, index=np.roll(member.index, 1, axis=0))
-    members = (*group.members[:number], wrong, *group.members[number + 1 :])
-    changed = replace(group, members=members)
+    """The groups with one member whose unit u holds the positions of unit u - 1, or with other blocks for its units."""
+    if group.blocks:
+        changed = replace(group, blocks=(*group.blocks[1:], group.blocks[0]))
+    else:
+        member = group.members[number]
+        wrong = replace(member, index=np.roll(member.index, 1, axis=0))
+        changed = replace(group, members=(*group.members[:number], wrong, *group.members[number + 1 :]))
     return replace(groups, groups=tuple(changed if g is group else g for g in groups))
 
 
-def _has_effect(model: PreTrainedModel, right: Groups, wrong: Groups, group: Group, number: int) -> bool:
-    """Whether the positions that only one of the two cuts removes exist, and change the logits."""
-    member = group.members[number]
-    kept = {group.name: tuple(range(1, group.units))}
-    positions = [groups.kept_positions(kept)[member.parameter][member.dim] for groups in (right, wrong)]
+def _has_effect(reference: Reference, wrong: Groups, group: Group, number: int) -> bool:
+    """Whether the logits tell the right cut from the wrong one: other positions go, and the logits depend on them."""
+    kept = {group.name: _without_one(group)}
+    if group.blocks:
+        gone = group.blocks.index(wrong.removed_blocks(kept)[0])
+        other = {group.name: tuple(u for u in range(group.units) if u != gone)}
+        return _differ(reference.logits(reference.ids, kept), reference.logits(reference.ids, other))
+    model, member = reference.model, group.members[number]
+    positions = [groups.kept_positions(kept)[member.parameter][member.dim] for groups in (reference.groups, wrong)]
     differing = np.setxor1d(*positions)
     if differing.size == 0:
         return False
@@ -305,4 +318,8 @@ def _has_effect(model: PreTrainedModel, right: Groups, wrong: Groups, group: Gro
     tensor.index_add_(member.dim, where, noise.index_select(member.dim, where))
     after = plain_logits(model, ids)
     tensor.copy_(saved)
+    return _differ(before, after)
+
+
+def _differ(before: Tensor, after: Tensor) -> bool:
     return bool((after - before).norm() > 1e-9 * before.norm())

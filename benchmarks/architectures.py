@@ -4,8 +4,9 @@
 
 writes one file per model type to benchmarks/results/architectures. What a file holds already is not done again, so an
 interrupted run goes on where it stopped. Each model runs in a process of its own with a time limit; see
-`architecture_checks.py` for what is checked. `python benchmarks/architectures_page.py` turns the files into
-docs/architectures.md.
+`architecture_checks.py` for what is checked. When a run began and ended, its wall time and the load of the machine go
+to benchmarks/results/architectures_runs.json: those of the last run, and of the last complete one (`--again`, over all
+types). `python benchmarks/architectures_page.py` turns the files into docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import zoo
 from architecture_checks import examine, missing_stages
@@ -30,6 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from secateur.pipeline import PACKAGES, write_json
 
 RESULTS = Path(__file__).parent / "results" / "architectures"
+RUNS = RESULTS.parent / "architectures_runs.json"
 TIME_LIMIT = 300.0  # seconds per model
 
 
@@ -51,6 +55,37 @@ def chosen_types(only: str | None, part: str | None) -> list[str]:
             raise SystemExit(f"--part is {part!r}; expected for example 1/4")
         types = types[int(number) - 1 :: int(count)]
     return types
+
+
+class Clock:
+    """When a run began and ended, and how busy the machine was."""
+
+    def __init__(self) -> None:
+        self.start = datetime.now(UTC)
+        self.before = os.getloadavg()[0]
+        self.loads: list[float] = []
+
+    def tick(self) -> None:
+        """Note the load of the last minute."""
+        self.loads.append(os.getloadavg()[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Times in UTC; load averages count what runs and waits, the workers of the run among it."""
+        end = datetime.now(UTC)
+        return {
+            "start": self.start.isoformat(timespec="seconds"),
+            "end": end.isoformat(timespec="seconds"),
+            "wall_s": round((end - self.start).total_seconds(), 1),
+            "cpus": os.cpu_count(),
+            "load_average": {"before": self.before, "mean": round(sum(self.loads) / max(len(self.loads), 1), 2)},
+        }
+
+
+def note_run(clock: Clock, facts: dict[str, Any], *, complete: bool) -> None:
+    """Write down a finished run."""
+    known = json.loads(RUNS.read_text()) if RUNS.exists() else {}
+    run = clock.to_json() | facts
+    write_json(RUNS, known | {"schema": 1, "last": run} | ({"complete": run} if complete else {}))
 
 
 class Worker:
@@ -103,7 +138,7 @@ def complete(file: Path) -> bool:
     return file.exists() and not missing_stages(json.loads(file.read_text()))
 
 
-def sweep(types: Sequence[str], folder: Path, jobs: int, limit: float, again: bool) -> None:
+def sweep(types: Sequence[str], folder: Path, jobs: int, limit: float, again: bool, clock: Clock) -> None:
     """Run `jobs` workers at a time until every type has its results."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting, running = list(reversed(types)), list[Worker]()
@@ -119,6 +154,7 @@ def sweep(types: Sequence[str], folder: Path, jobs: int, limit: float, again: bo
                 for worker in [w for w in running if w.done(limit)]:
                     running.remove(worker)
                     progress.advance(task)
+                clock.tick()
                 time.sleep(0.1)
         finally:
             for worker in running:
@@ -152,10 +188,13 @@ def main() -> None:
     types = chosen_types(args.only, args.part)
     todo = [t for t in types if args.again or not complete(args.output / f"{t}.json")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended then, too
+    clock = Clock()
     try:
-        sweep(todo, args.output, args.jobs, args.limit, args.again)
+        sweep(todo, args.output, args.jobs, args.limit, args.again, clock)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on from here") from None
+    if args.output == RESULTS:
+        note_run(clock, {"types": len(todo), "jobs": args.jobs}, complete=todo == zoo.model_types())
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ def pruned(model: PreTrainedModel, kinds: tuple[str, ...], *, uniform: bool) -> 
         scores = {name: torch.arange(len(s), 0, -1.0) for name, s in scores.items()}
     first = {} if uniform else {"protect_first": 1}
     budget = Budget(unit_sparsity=SHARE)
-    plan = allocate(chosen, scores, budget, uniform=uniform, feasible=can.feasible, ties=can.ties, **first)
+    limits = {"feasible": can.feasible, "ties": can.ties, "multiples": can.multiples}
+    plan = allocate(chosen, scores, budget, uniform=uniform, **limits, **first)
     return slice(model, plan, groups)
 
 

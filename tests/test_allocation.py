@@ -36,9 +36,10 @@ def families_of(groups, kinds, uniform):
     return families if uniform else [[g] for family in families for g in family]
 
 
-def allowed_counts(group, round_to, feasible):
-    step = round_to if group.kind in ("ffn_channel", "hidden") else 1
-    fewer = [c for c in range(1, group.units) if c % step == 0 and (feasible is None or feasible(group.family, c))]
+def allowed_counts(group, round_to, feasible, multiples):
+    steps = [round_to if group.kind in ("ffn_channel", "hidden") else 1, multiples.get(group.family, 1)]
+    whole = [c for c in range(1, group.units) if all(c % step == 0 for step in steps)]
+    fewer = [c for c in whole if feasible is None or feasible(group.family, c)]
     return [*fewer, group.units]
 
 
@@ -75,6 +76,7 @@ def cases(draw):
         "ranking": draw(st.sampled_from(["local", "global"])),
         "uniform": draw(st.booleans()),
         "round_to": draw(st.sampled_from([1, 1, 2, 4])),
+        "multiples": {g.family: draw(st.sampled_from([1, 1, 2, 3])) for g in groups.of_kinds(kinds)},
         "feasible": None if modulus is None else lambda name, count: count % modulus == 0 or name == "hidden",
     }
     return groups, scores, draw(st.floats(0, 0.95)), options
@@ -86,7 +88,7 @@ def test_the_parameter_budget_is_met_or_refused(case):
     groups, scores, sparsity, options = case
     families = families_of(groups, options["kinds"], options["uniform"])
     feasible = options["feasible"] if options["uniform"] else None
-    allowed = [allowed_counts(f[0], options["round_to"], feasible) for f in families]
+    allowed = [allowed_counts(f[0], options["round_to"], feasible, options["multiples"]) for f in families]
     target = groups.total_parameters * (1 - sparsity)
     smallest = left_with(groups, scores, families, [a[0] for a in allowed])
     if smallest > target + 0.5:

@@ -53,11 +53,15 @@ def test_the_page_tells_each_reason_once():
         refusal = f"{model_type.title()}Config has no field that sets the width of {ffn['family']} alone"
         hidden = {"kind": "hidden", "family": "hidden", "route": "config", "tied": ["x"], "max_difference": 0.0}
         families = [ffn | {"route": "modules", "reason": refusal}, hidden]
-        return {"model_type": model_type, "instantiated": True, "traced": True, "families": families}
+        families = [f | {"relative_difference_float32": 2e-7} for f in families]
+        missing = {"sublayer": "its layers are no sums"}
+        return {"model_type": model_type, "instantiated": True, "traced": True, "families": families, "absent": missing}
 
     failed = {"model_type": "third", "instantiated": False, "reason": "no such library"}
-    page = architectures_page.page([record("first", "model.layers"), record("second", "h"), failed])
+    page = architectures_page.page([record("first", "model.layers"), record("second", "h"), failed], {})
     assert "| FFN channels: proven | 2 of 2 (100.0%) that have them; 0 load with a stock class |" in page
     assert "| first | mem | ok+ |  |" in page
     assert page.count("the class has no field that sets the width of the ffn\\_channel family alone") == 1
+    assert "| proven families compared in float32 too | 4 of 4 (100.0%) |" in page
+    assert "- `sublayer`: its layers are no sums: first, second" in page
     assert "alone: first, second" in page and "no such library: third" in page

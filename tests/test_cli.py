@@ -101,10 +101,16 @@ def test_groups_lists_and_proves(secateur, checkpoint_folder, tmp_path):
     code, out, _ = secateur("groups", checkpoint_folder)
     assert code == 0 and "kv_group" in out and "looked up by token" in out
     code, out, _ = secateur("groups", checkpoint_folder, "--verify", "--json", tmp_path / "g.json")
-    families = json.loads((tmp_path / "g.json").read_text())["families"]
+    results = json.loads((tmp_path / "g.json").read_text())
+    families = results["families"]
     proven = {f["kind"]: f["proof"]["max_difference"] for f in families if f["prunable"]}
     assert code == 0 and set(proven) == {"ffn_channel", "kv_group", "query_head", "hidden", "layer", "sublayer"}
     assert all(difference < 1e-9 for difference in proven.values())
+    kinds = {row["kind"]: row for row in results["kinds"]}
+    assert {k for k, row in kinds.items() if row["proven"]} == set(proven)
+    assert all(0 <= kinds[k]["relative_difference_float32"] <= 1e-5 for k in proven)
+    assert kinds["sublayer"]["proven"] == 2 and kinds["value_dim"]["max_difference"] is None
+    assert "in float32" in out
     refused = next(f for f in families if f["kind"] == "value_dim")  # Llama has one width for keys and values
     assert "no field" in refused["proof"]["reason"]
 

@@ -1,12 +1,16 @@
 """What is known about a class is found once, and only ever saves time."""
 
+import dataclasses
+import json
+
 import pytest
 from families import make
 
 from secateur.discovery import discover
 from secateur.surgery import expressible
 from secateur.surgery.config_solver import ConfigSolver
-from secateur.surgery.rule_cache import cache_folder
+from secateur.surgery.field_rule import FieldRule
+from secateur.surgery.rule_cache import RuleCache, cache_folder
 
 KINDS = ["ffn_channel", "attention_head", "hidden"]
 
@@ -35,10 +39,44 @@ def test_the_second_time_nothing_is_searched(fresh, monkeypatch):
     assert answers(model) == first
 
 
+def entries(count):
+    """How many entries there are of configurations, beside the one of their class."""
+    return len(list(cache_folder().glob("*.json"))) == count + 1
+
+
 def test_another_configuration_is_another_entry(fresh):
-    for width in (44, 60):
+    for number, width in enumerate((44, 60), start=1):
         answers(make("gpt2", n_inner=width))
-    assert len(list(cache_folder().glob("*.json"))) == 2
+        assert entries(number)
+
+
+def test_rules_of_a_class_are_tried_first_on_another_configuration(fresh, monkeypatch):
+    expected = answers(make("gpt2", n_inner=60))
+    for file in cache_folder().glob("*.json"):
+        file.unlink()
+    answers(make("gpt2", n_inner=44))
+
+    def search(*_):
+        raise AssertionError("searched again")
+
+    monkeypatch.setattr(ConfigSolver, "_possible_ties", property(search))
+    assert answers(make("gpt2", n_inner=60)) == expected
+
+
+def test_a_rule_that_is_wrong_for_a_configuration_is_not_taken(fresh):
+    """Heads of one configuration may be set by what means nothing, or something else, in another."""
+    model = make("llama")
+    groups = discover(model)
+    right = expressible(model, groups, ["kv_group"])
+    cache = RuleCache(model, groups)
+    cache.file.unlink()
+    family = next(g.family for g in groups if g.kind == "kv_group")
+    wrong = [FieldRule((family,), fields) for fields in (("head_dim",), ("no_such_field",), ("num_attention_heads",))]
+    cache.class_file.write_text(json.dumps({"rules": [dataclasses.asdict(rule) for rule in wrong]}))
+    assert cache.of_class() == wrong
+    again = expressible(model, groups, ["kv_group"])
+    assert not right.refused and not again.refused and again.feasible(family, 2)
+    assert cache.load().rules[frozenset([family])].fields == ("num_attention_heads", "num_key_value_heads")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"rules": [{"families": 3}]}'])

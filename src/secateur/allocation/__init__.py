@@ -65,6 +65,7 @@ def allocate(
     kind_ratios: Mapping[str, float] | None = None,
     feasible: Feasible | None = None,
     ties: Sequence[Sequence[str]] = (),
+    multiples: Mapping[str, int] | None = None,
 ) -> PruningPlan:
     """Choose the units that stay.
 
@@ -89,6 +90,7 @@ def allocate(
         feasible: for uniform output, (family, units kept in every layer) -> whether the model's class can express it;
             it is taken to express what it is.
         ties: for uniform output, families that the model's class can only cut by the same share.
+        multiples: family -> a number that the units kept of its groups must be a multiple of, so that the class runs.
 
     Returns:
         The plan; its provenance records these arguments and the sparsity reached, under `allocation`.
@@ -102,7 +104,9 @@ def allocate(
     if ranking not in ("local", "global"):
         raise BudgetError(f"ranking is {ranking!r}; expected 'local' or 'global'")
     kind_ratios = kind_ratios or {}
-    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios, feasible, ties)
+    limits = Limits(
+        uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios, feasible, ties, multiples or {}
+    )
     if kinds is None:
         kinds = [groups.named(name).kind for name in scores]
     kinds = list(dict.fromkeys(kinds))
@@ -145,13 +149,14 @@ def max_sparsity(
     layer_ratios: Mapping[int, float] | None = None,
     feasible: Feasible | None = None,
     ties: Sequence[Sequence[str]] = (),
+    multiples: Mapping[str, int] | None = None,
 ) -> float:
     """The largest `param_sparsity` that cutting these kinds can reach; arguments as for `allocate`.
 
     Where blocks differ in size and kind `layer` or `sublayer` is cut, what is left depends on the scores; this assumes
     that the last blocks stay.
     """
-    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, {}, feasible, ties)
+    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, {}, feasible, ties, multiples or {})
     families = select_families(groups, None, list(dict.fromkeys(kinds)), limits)
     return 1 - parameters_left(groups, families).at(_fewest(families)) / groups.total_parameters
 

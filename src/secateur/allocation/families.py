@@ -39,6 +39,7 @@ class Limits:
     kind_ratios: Mapping[str, float] = field(default_factory=dict)
     feasible: Feasible | None = None
     ties: Sequence[Sequence[str]] = ()
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.round_to < 1:
@@ -232,7 +233,8 @@ def _allowed_counts(family: Family, limits: Limits, groups: Groups, protected: i
     tens of thousands, and each answer takes it milliseconds."""
     allowed = family.counts >= max(1, protected)
     for group, scale in zip(family.groups, family.scales, strict=True):
-        step = math.lcm(limits.round_to if group.kind in ROUNDED_KINDS else 1, _alignment(group, groups))
+        rounding = limits.round_to if group.kind in ROUNDED_KINDS else 1
+        step = math.lcm(rounding, _alignment(group, groups), limits.multiples.get(group.family, 1))
         allowed &= (family.counts * scale % step == 0) & (family.counts * scale >= group.at_least)
     fewer = family.counts[1:][allowed[1:]].tolist()
     while fewer and not family.expressible(fewer[-1], limits):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Column, Table
 
 from secateur.cli.common import Device, Dtype, Field, Json, Model, Text, Trust, out, recipe_of
+
+if TYPE_CHECKING:
+    from secateur.groups import Group
+    from secateur.surgery import Proof
 
 
 def groups(
@@ -21,14 +26,14 @@ def groups(
     from secateur import checkpoint
     from secateur.discovery import discover
     from secateur.pipeline import write_json
-    from secateur.surgery import OFFERED_KINDS, prove
+    from secateur.surgery import prove
 
     if verify:
         subject = checkpoint.load(model, trust_remote_code=trust_remote_code, to_change=True).model
     else:
         subject = checkpoint.load_skeleton(model, trust_remote_code=trust_remote_code)
     found = discover(subject)
-    families: dict[str, list[Any]] = {}
+    families: dict[str, list[Group]] = {}
     for group in found:
         families.setdefault(group.family, []).append(group)
     proofs = {p.family: p for p in prove(subject)} if verify else {}
@@ -39,31 +44,57 @@ def groups(
     for family, members in families.items():
         first = members[0]
         proof = proofs.get(family)
-        if not first.prunable:
-            verdict = f"no: {first.refusals[0]}"
-        elif proof is not None:
-            how = (
-                f"saved through {', '.join(proof.fields)}" if proof.route == "config" else f"in memory; {proof.reason}"
-            )
-            verdict = f"{proof.max_difference:.1e}; {how}" if proof.proven else f"no: {proof.reason}"
-        else:
-            verdict = "yes" if first.kind in OFFERED_KINDS else "not offered"
-        table.add_row(family, str(len(members)), str(first.units), verdict)
+        table.add_row(family, str(len(members)), str(first.units), _verdict(first, proof))
         rows.append(
             {
                 "family": family,
                 "kind": first.kind,
                 "groups": len(members),
                 "units": first.units,
-                "prunable": first.prunable and first.kind in OFFERED_KINDS and (proof is None or proof.proven),
+                "prunable": first.prunable and (proof is None or proof.proven),
                 "refusals": list(first.refusals),
                 "proof": None if proof is None else vars(proof),
             }
         )
     out.print(table)
+    kinds = _differences_of_kinds(list(proofs.values()))
+    if verify:
+        table = Table("kind", "families proven", "largest difference in float64", "in float32, of the largest logit")
+        for row in kinds:
+            shown = [
+                f"{row[k]:.1e}" if row["proven"] else "" for k in ("max_difference", "relative_difference_float32")
+            ]
+            table.add_row(row["kind"], f"{row['proven']} of {row['families']}", *shown)
+        out.print(table)
     out.print(f"{found.total_parameters:,} parameters")
     if json:
-        write_json(json, {"schema": 1, "command": "groups", "model": {"source": model}, "families": rows})
+        results = {"schema": 1, "command": "groups", "model": {"source": model}, "families": rows}
+        write_json(json, results | ({"kinds": kinds} if verify else {}))
+
+
+def _verdict(group: Group, proof: Proof | None) -> str:
+    """What the table says of a family."""
+    if not group.prunable:
+        return f"no: {group.refusals[0]}"
+    if proof is None:
+        return "yes"
+    if not proof.proven:
+        return f"no: {proof.reason}"
+    how = f"saved through {', '.join(proof.fields)}" if proof.route == "config" else f"in memory; {proof.reason}"
+    return f"{proof.max_difference:.1e}; {proof.relative_difference_float32:.1e} in float32; {how}"
+
+
+def _differences_of_kinds(proofs: Sequence[Proof]) -> list[dict[str, Any]]:
+    """For each kind, how many families are proven and the largest differences of their logits (None if none is)."""
+    rows = []
+    for kind in dict.fromkeys(p.kind for p in proofs):
+        of_kind = [p for p in proofs if p.kind == kind]
+        proven = [p for p in of_kind if p.proven]
+        row: dict[str, Any] = {"kind": kind, "families": len(of_kind), "proven": len(proven)}
+        for name in ("max_difference", "relative_difference_float32"):
+            row[name] = max((getattr(p, name) for p in proven), default=None)
+        rows.append(row)
+    return rows
 
 
 def eval_(

@@ -56,7 +56,10 @@ class RestrictedReductions(TorchDispatchMode):
         out = restrict(func, args, kwargs, events) if events else func(*args, **kwargs)
         if any(isinstance(t, Tensor) for t in tree_iter(out)):
             if not self._is_next(func):
-                raise DiscoveryError(f"operation {self.step} is {func} now, but was another when the model was traced")
+                raise DiscoveryError(
+                    "which operations the model runs depends on values, such as the experts that tokens are sent to, "
+                    "and without these units other ones run than when it was traced, so nothing can be compared"
+                )
             self.step += 1
         return out
 
@@ -124,7 +127,7 @@ def bypassed(model: PreTrainedModel, groups: Groups, kept: Kept) -> Iterator[Non
 
 def _with_first(out: Any, first: Tensor | None) -> Any:
     """What a module returns, with `first` in place of its first value."""
-    return (first, *out[1:]) if isinstance(out, tuple) else first
+    return type(out)([first, *out[1:]]) if type(out) in (tuple, list) else first
 
 
 class Reference:

@@ -93,7 +93,7 @@ class LayerFlow:
 
 def first_of(out: Any) -> Any:
     """The first of several results, or the only one."""
-    return out[0] if isinstance(out, tuple) and out else out
+    return out[0] if isinstance(out, tuple | list) and out else out
 
 
 def _added(first: Sum | None, second: Sum | None) -> Sum | None:

@@ -65,7 +65,7 @@ def run_trace(model: PreTrainedModel, *, fake: bool = True, ids: Tensor | None =
         if not fake:
             return _traced(model, state, probe_ids(model) if ids is None else ids, warm_up=True)
         with FakeTensorMode(allow_non_fake_inputs=True), unchanged(model):
-            return _traced(model, _fake_copies(state), torch.zeros(BATCH, SEQ_LEN, dtype=torch.long))
+            return _traced(model, fake_copies(state), torch.zeros(BATCH, SEQ_LEN, dtype=torch.long))
     except VALUE_DEPENDENT as error:
         if any(t.is_meta for t in state.values()):
             raise DiscoveryError(
@@ -107,7 +107,7 @@ def _reach_further(model: PreTrainedModel, trace: Trace, state: Mapping[str, Ten
     trace.flows.clear()
 
 
-def _fake_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fake_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A tensor without data for every tensor of the state, tied ones staying one."""
     made: dict[int, Tensor] = {}
     for t in state.values():
@@ -192,7 +192,7 @@ def _observed_child(trace: Trace, layer: str, name: str, child: torch.nn.Module)
     def end(_: Any, args: Any, kwargs: Any, out: Any) -> None:
         if (entering := entering_states(args, kwargs, out)) is not None:
             axes = trace.dims(entering)[-1], trace.dims(first_of(out))[-1]
-            trace.children[path] = Child(*axes, len(out) if isinstance(out, tuple) else 0)
+            trace.children[path] = Child(*axes, len(out) if isinstance(out, tuple | list) else 0)
         if layer in trace.flows:
             trace.flows[layer].leaves(path, out)
 

@@ -135,6 +135,7 @@ def run(
             kind_ratios=_ratios(settings.kind_ratios, step, settings.iterations),
             feasible=can.feasible,
             ties=can.ties,
+            multiples=can.multiples,
         )
     on_step("cut")
     small = slice(model, plan, groups)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups, Kept
+from secateur.surgery.alignment import Step, smallest_step
 from secateur.surgery.config_fields import kept_entries, kept_indices, rebuilt, values_of
 from secateur.surgery.field_rule import FieldRule, Findings, candidate_rules
 from secateur.surgery.lenient import lenient_targets
@@ -45,8 +46,10 @@ class ConfigSolver:
         config: its configuration, never changed.
         accept: for a rule whose shapes fit, the rule with which the logits are right too (weights may have to be
             scaled), or None: (rule, share kept) -> rule.
+        failure: what the class says when it runs after a rule's edit, empty if it runs, None if it refuses the edit.
         findings: what is known so far.
         on_change: told of the findings when there are more.
+        hints: rules found for other configurations of the class, which are tried first.
     """
 
     def __init__(
@@ -55,14 +58,18 @@ class ConfigSolver:
         groups: Groups,
         accept: Callable[[FieldRule, Fraction], FieldRule | None] = lambda rule, share: rule,
         known: Findings | None = None,
+        failure: Callable[[FieldRule, Fraction], str | None] = lambda rule, share: "",
         on_change: Callable[[Findings], None] | None = None,
+        hints: Sequence[FieldRule] = (),
     ) -> None:
         self.model_class = type(model)
         self.config = model.config
         self.groups = groups
         self.accept = accept
+        self.failure = failure
         self.findings = known or Findings()
         self.on_change = on_change or (lambda findings: None)
+        self.hints = hints
         self._families: dict[str, list[Group]] = {}
         for group in groups:
             self._families.setdefault(group.family, []).append(group)
@@ -86,9 +93,7 @@ class ConfigSolver:
         """The rule that cuts a family and the fewest others by the same share, None if there is none."""
         if family not in self.findings.ties:
             self.findings.ties[family] = None
-            for rule, share in self._possible_ties:
-                if family not in rule.families:
-                    continue
+            for rule, share in itertools.chain(self._hinted_ties(family), self._ties_of(family)):
                 if accepted := self.accept(rule, share):
                     self.findings.rules[frozenset(rule.families)] = accepted
                     self.findings.ties[family] = frozenset(rule.families)
@@ -97,6 +102,18 @@ class ConfigSolver:
             self.on_change(self.findings)
         tied = self.findings.ties[family]
         return None if tied is None else self.findings.rules[tied]
+
+    def _hinted_ties(self, family: str) -> Iterator[tuple[FieldRule, Fraction]]:
+        """Ties of other configurations that have the right shapes here too."""
+        mine = (self.model_class, self.config)
+        ties = [rule for rule in self.hints if len(rule.families) > 1 and family in rule.families]
+        for rule, share in itertools.product(ties, tie_shares(self.groups)):
+            shapes = self._shapes(mine, rule, share, {})
+            if shapes and set(explaining_families(self.groups, shapes, share)) == set(rule.families):
+                yield replace(rule, folds=()), share
+
+    def _ties_of(self, family: str) -> Iterator[tuple[FieldRule, Fraction]]:
+        yield from (tie for tie in self._possible_ties if family in tie[0].families)
 
     @cached_property
     def _possible_ties(self) -> list[tuple[FieldRule, Fraction]]:
@@ -131,13 +148,13 @@ class ConfigSolver:
         return rebuilt(config, scaled_fields(self._values(config), rules, layers))
 
     def feasible(self, family: str, count: int) -> bool:
-        """Whether some target class can be configured for `count` units in every group of the family.
+        """Whether some target class can be configured for `count` units in every group of the family, and runs.
 
         Families tied to it keep the same share.
         """
         share = Fraction(count, self._families[family][0].units)
         rule = self.rule(family) or self.tied_rule(family)
-        if rule is None:
+        if rule is None or not self.aligned(family, count):
             return False
         for kept in self.kept_at(rule.families, share):
             for _, config in self.targets():
@@ -147,6 +164,38 @@ class ConfigSolver:
                     continue
                 return True
         return False
+
+    def aligned(self, family: str, count: int) -> bool:
+        """Whether the class runs with `count` units of a family, as far as that is a matter of alignment."""
+        return any(count == g.units for g in self._families[family]) or count % self.step(family).of == 0
+
+    def step(self, family: str) -> Step:
+        """What the family's counts must be multiples of; nothing is known of families without a rule."""
+        group = self._families[family][0]
+        rule = None if group.blocks else self.rule(family)
+        if rule is None and (tied := self.findings.ties.get(family)):
+            rule = self.findings.rules[tied]
+        if rule is None:
+            return Step()
+        if family not in self.findings.steps:
+            self.findings.steps[family] = smallest_step(group.units, lambda share: self.failure(rule, share))
+            self.on_change(self.findings)
+        return self.findings.steps[family]
+
+    def check_alignment(self, kept: Kept) -> None:
+        """Make sure that the class runs with as many units as are kept.
+
+        Raises:
+            PlanError: it does not.
+        """
+        for name, units in kept.items():
+            family = self.groups.named(name).family
+            if not self.aligned(family, len(units)):
+                step = self.step(family)
+                raise PlanError(
+                    f"{self.model_class.__name__} does not run with {len(units)} units of {name} ({step.reason}): keep "
+                    f"a multiple of {step.of}"
+                )
 
     def refusal(self, family: str) -> str:
         """Why a family cannot be cut alone in every layer."""
@@ -246,7 +295,7 @@ class ConfigSolver:
             for kept in self.kept_at(families, share):
                 wanted = expected_shapes(self.groups, kept)
                 for target in self.targets():
-                    for rule in candidate_rules(target[1], self.groups, [m[0] for m in members]):
+                    for rule in self._candidates(target[1], members):
                         if self._shapes(target, rule, share, kept) != wanted:
                             continue
                         if accepted := self.accept(rule, share):
@@ -254,10 +303,19 @@ class ConfigSolver:
                         self.findings.misfits.setdefault(families[0], rule.fields)
         return None
 
+    def _candidates(self, config: PreTrainedConfig, members: Sequence[list[Group]]) -> Iterator[FieldRule]:
+        """Rules to try for these families: those of other configurations first."""
+        families = tuple(m[0].family for m in members)
+        hinted = (rule for rule in self.hints if set(rule.families) == set(families))
+        yield from (replace(rule, families=families, folds=()) for rule in hinted)
+        yield from candidate_rules(config, self.groups, [m[0] for m in members])
+
     def _shapes(self, target: Target, rule: FieldRule, share: Fraction, kept: Kept) -> Shapes | None:
         """What the target class builds after the rule's edit; None if it refuses."""
         model_class, config = target
         layers = {rule: kept[self._families[rule.families[0]][0].name]} if rule.follows_layers else {}
+        if not self._values(config).keys() >= rule.names:
+            return None
         try:
             changes = scaled_fields(self._values(config), [(rule, share)], layers)
         except PlanError:

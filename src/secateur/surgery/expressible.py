@@ -28,11 +28,13 @@ class Expressible:
             keep the same share.
         ties: families that the class can only cut together, by the same share of their units.
         refused: family -> why it must stay whole.
+        multiples: family -> what the units kept must be a multiple of for the class to run, where that is not 1.
     """
 
     feasible: Callable[[str, int], bool]
     ties: tuple[tuple[str, ...], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
 
 def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], *, uniform: bool = True) -> Expressible:
@@ -60,7 +62,9 @@ def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], *,
         rule = solver.tied_rule(family) if uniform else None
         if rule is None or not families.keys() >= set(rule.families) or not _joined(ties, rule.families, solver):
             refused[family] = solver.refusal(family)
-    return Expressible(cache(solver.feasible) if uniform else lambda family, count: True, tuple(ties), refused)
+    multiples = {family: of for family in families if family not in refused and (of := solver.step(family).of) > 1}
+    feasible = cache(solver.feasible) if uniform else lambda family, count: True
+    return Expressible(feasible, tuple(ties), refused, multiples)
 
 
 def _whole(model: PreTrainedModel, sublayers: Group, uniform: bool) -> str | None:
@@ -86,6 +90,7 @@ def _of_base(adapted: Adapted, kinds: Sequence[str], uniform: bool) -> Expressib
         lambda family, count: family not in family_in_base or inner.feasible(family_in_base[family], count),
         tuple(tuple(back[family] for family in tie) for tie in inner.ties),
         {back[family]: reason for family, reason in inner.refused.items() if family in back},
+        {back[family]: of for family, of in inner.multiples.items() if family in back},
     )
 
 

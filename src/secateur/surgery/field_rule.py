@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from secateur.groups import Group, Groups
+from secateur.surgery.alignment import Step
 from secateur.surgery.config_fields import index_lists, numbers, per_layer_lists, unset_numbers
 from secateur.surgery.folding import Fold
 
@@ -45,6 +46,11 @@ class FieldRule:
     folds: tuple[Fold, ...] = ()
 
     @property
+    def names(self) -> set[str]:
+        """Every field that it reads or writes."""
+        return {*self.fields, *self.pins, *self.lists, *self.indices, *self.prefixes, *self.suffixes}
+
+    @property
     def follows_layers(self) -> bool:
         return bool(self.lists or self.indices or self.prefixes or self.suffixes)
 
@@ -57,11 +63,13 @@ class Findings:
         rules: families -> the rule that cuts just them, None where there is none.
         misfits: family -> fields that give it the right shapes but the model another meaning.
         ties: family -> the fewest families it can be cut with, itself among them, None if there are none.
+        steps: family -> what its counts must be multiples of for the class to run.
     """
 
     rules: dict[frozenset[str], FieldRule | None] = field(default_factory=dict)
     misfits: dict[str, tuple[str, ...]] = field(default_factory=dict)
     ties: dict[str, frozenset[str] | None] = field(default_factory=dict)
+    steps: dict[str, Step] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rule: FieldRule) -> Findings:

@@ -18,6 +18,7 @@ from secateur.errors import DiscoveryError, PlanError
 from secateur.groups import Group, Groups
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
+from secateur.surgery.single import SinglePrecision
 from secateur.surgery.slicing import cut, layer_solver
 from secateur.surgery.trial import LogitCheck, trial_subject, with_noise
 
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 MAX_COUNTS = 32  # of units to try
 MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are represented by a twin
-# What can be pruned where a proof is found. `head_dim` (of queries and keys) sets the scale of attention; `other` is
-# what the structure does not tell.
+# What can be pruned where a proof is found: everything but the tokens a model knows. `other` is what the structure does
+# not tell more of.
 OFFERED_KINDS = (
-    "ffn_channel", "attention_head", "kv_group", "query_head", "value_dim", "hidden", "layer", "sublayer", "expert",
-    "expert_group", "expert_channel", "latent", "ssm_channel", "ssm_head", "lora_rank",
+    "ffn_channel", "attention_head", "kv_group", "query_head", "head_dim", "value_dim", "hidden", "layer", "sublayer",
+    "expert", "expert_group", "expert_channel", "latent", "ssm_channel", "ssm_head", "lora_rank", "other",
 )  # fmt: skip
 
 
@@ -45,6 +46,7 @@ class Proof:
         units: units per group.
         kept: units kept per group in the test.
         max_difference: largest absolute difference of logits in float64, None if no sliced model could be built.
+        relative_difference_float32: largest difference of logits in float32, as a share of the largest logit.
         route: `config` (a stock class loads the result), `modules` (runs in memory only), or `none`.
         fields: configuration fields or module attributes that follow the cut.
         tied: families cut by the same share in the test, because the class knows no other way.
@@ -58,6 +60,7 @@ class Proof:
     kept: int
     max_difference: float | None
     route: str
+    relative_difference_float32: float | None = None
     fields: tuple[str, ...] = ()
     tied: tuple[str, ...] = ()
     reason: str = ""
@@ -70,21 +73,28 @@ class Proof:
 def prove(model: PreTrainedModel, kinds: Sequence[str] = OFFERED_KINDS, seed: int = 0) -> list[Proof]:
     """Slice a quarter of the units of every family, others in each layer, and compare logits with the original.
 
-    Works in float64 on a copy of the model with noise on every weight (so that no bias is zero). Large
-    models and those on the meta device are represented by a randomly initialised twin with few layers.
+    Works in float64 on a copy of the model with noise on every weight (so that no bias is zero), and compares what is
+    right there in float32 too. Large models and those on the meta device are represented by a randomly initialised twin
+    with few layers.
     """
     subject = _subject(model, seed)
     reference = Reference(subject)
     solver = layer_solver(subject, reference.groups, reference)
+    single = SinglePrecision(reference)
     generator = np.random.default_rng(seed)
     return [
-        _prove_family(subject, reference, solver, members, generator)
+        _prove_family(subject, reference, single, solver, members, generator)
         for members in reference.groups.families(kinds).values()
     ]
 
 
 def _prove_family(
-    model: PreTrainedModel, reference: Reference, solver: ConfigSolver, members: list[Group], generator: Generator
+    model: PreTrainedModel,
+    reference: Reference,
+    single: SinglePrecision,
+    solver: ConfigSolver,
+    members: list[Group],
+    generator: Generator,
 ) -> Proof:
     group = members[0]
     sublayers = group.kind == "sublayer"  # no field says how many there are; a layer lists those it lacks
@@ -99,14 +109,20 @@ def _prove_family(
         check = LogitCheck(model, kept, reference)
         try:
             _ = check.wanted
-            cut(model, reference.groups, kept, check, solver)
-            return Proof(*facts, check.difference, "config", fields, tied)
+            small = cut(model, reference.groups, kept, check, solver)
+            off = single.difference(small, kept)
+            if not off.failure:
+                return Proof(*facts, check.difference, "config", off.largest, fields, tied)
+            reason = reason or off.failure
         except DiscoveryError as error:  # what runs depends on values, and so on the units that are there
             return Proof(*facts, None, "none", reason=str(error))
         except PlanError as error:
             reason = reason or str(error)
-        if small := cut_modules(model, reference.groups, kept, check.same):
-            return Proof(*facts, check.difference, "modules", small[1], tied, reason)
+        if in_place := cut_modules(model, reference.groups, kept, check.same):
+            off = single.difference(in_place[0], kept)
+            if not off.failure:
+                return Proof(*facts, check.difference, "modules", off.largest, in_place[1], tied, reason)
+            reason = reason or off.failure
     return Proof(*facts, None, "none", reason=reason)
 
 

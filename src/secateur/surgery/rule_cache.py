@@ -1,7 +1,11 @@
-"""What was found out about a class and its configuration, kept on disk: the search takes seconds, reading it nothing.
+"""What was found out about classes and their configurations, kept on disk: searching takes seconds, reading nothing.
 
-An entry belongs to one class, configuration and set of groups under one version of Secateur, transformers and torch.
-It can only save time: every cut is compared with the original's logits again.
+There are two kinds of entries, under one version of Secateur, transformers and torch each. That of a class holds the
+rule for every family, and so kind, of units that was ever found for it: another configuration of the class tries these
+first, on the shapes and the logits of its own. What a class cannot express depends on the sizes at hand, as what it can
+does (a `head_dim` that is not written, say), so whole answers belong to one class, configuration and set of groups.
+
+Both can only save time: every cut is compared with the original's logits again.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.groups import Groups
+from secateur.surgery.alignment import Step
 from secateur.surgery.field_rule import FieldRule, Findings
 from secateur.surgery.folding import Fold
 
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PACKAGES = ("secateur", "transformers", "torch")
+MAX_RULES = 200  # of a class; the oldest go
 
 
 def cache_folder() -> Path:
@@ -33,43 +39,63 @@ def cache_folder() -> Path:
 
 
 class RuleCache:
-    """The entry of one model."""
+    """The entries of one model: its own, and that of its class."""
 
     def __init__(self, model: PreTrainedModel, groups: Groups) -> None:
-        key = {
+        of_class = {
             "versions": {name: version(name) for name in PACKAGES},
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
-            "config": model.config.to_dict(),
-            "groups": [(g.name, g.units, g.refusals) for g in groups],
         }
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-        self.file = cache_folder() / f"{digest}.json"
+        details = {"config": model.config.to_dict(), "groups": [(g.name, g.units, g.refusals) for g in groups]}
+        self.file = cache_folder() / f"{_digest(of_class | details)}.json"
+        self.class_file = cache_folder() / f"{_digest(of_class)}.json"
 
     def load(self) -> Findings:
-        """What is stored; nothing if there is nothing usable."""
+        """What is stored for the model; nothing if there is nothing usable."""
         try:
             stored = json.loads(self.file.read_text(encoding="utf-8"))
             rules = {frozenset(e["families"]): _rule(e["rule"]) for e in stored["rules"]}
             misfits = {family: tuple(fields) for family, fields in stored["misfits"].items()}
             ties = {family: None if tied is None else frozenset(tied) for family, tied in stored["ties"].items()}
-            return Findings(rules, misfits, ties)
+            steps = {family: Step(**step) for family, step in stored["steps"].items()}
+            return Findings(rules, misfits, ties, steps)
         except (OSError, ValueError, TypeError, KeyError):
             return Findings()
 
+    def of_class(self) -> list[FieldRule]:
+        """The rules found for any configuration of the class, the latest first."""
+        try:
+            stored = json.loads(self.class_file.read_text(encoding="utf-8"))
+            return [rule for data in stored["rules"] if (rule := _rule(data)) is not None]
+        except (OSError, ValueError, TypeError, KeyError):
+            return []
+
     def save(self, findings: Findings) -> None:
-        """Replace the entry; a cache that cannot be written is no cache, and no error."""
+        """Replace the entry, and add what is new to that of the class; a cache that cannot be written is no error."""
         rules = [
             {"families": sorted(families), "rule": None if rule is None else dataclasses.asdict(rule)}
             for families, rule in findings.rules.items()
         ]
         ties = {family: None if tied is None else sorted(tied) for family, tied in findings.ties.items()}
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.file.parent, delete=False, encoding="utf-8") as part:
-                json.dump({"rules": rules, "misfits": findings.misfits, "ties": ties}, part, default=str)
-            Path(part.name).replace(self.file)
-        except OSError:
-            return
+        steps = {family: dataclasses.asdict(step) for family, step in findings.steps.items()}
+        _write(self.file, {"rules": rules, "misfits": findings.misfits, "ties": ties, "steps": steps})
+        known = self.of_class()
+        if new := [rule for rule in findings.rules.values() if rule is not None and rule not in known]:
+            _write(self.class_file, {"rules": [dataclasses.asdict(rule) for rule in [*new, *known][:MAX_RULES]]})
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _write(file: Path, content: Mapping[str, Any]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:
+            json.dump(content, part, default=str)
+        Path(part.name).replace(file)
+    except OSError:
+        return
 
 
 def _rule(data: Mapping[str, Any] | None) -> FieldRule | None:

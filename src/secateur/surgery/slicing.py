@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.discovery.setting import quiet_transformers
-from secateur.errors import PlanError, first_line
+from secateur.errors import PlanError, SecateurError, first_line
 from secateur.groups import Groups, Kept
 from secateur.plan import PruningPlan
 from secateur.surgery.attributes import cut_modules
@@ -30,13 +30,15 @@ from secateur.surgery.per_layer import is_per_layer, layers_differ, per_layer_ta
 from secateur.surgery.rule_cache import RuleCache
 from secateur.surgery.shapes import build_on_meta, expected_shapes, shapes_of
 from secateur.surgery.state import cut_tensors, tied_names
-from secateur.surgery.trial import LogitCheck, trial_subject
+from secateur.surgery.trial import LogitCheck, trial_run, trial_subject
+from secateur.surgery.twin import as_proven, narrow_twin, proven_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 Fit = tuple["type[PreTrainedModel]", "PreTrainedConfig", list[tuple[FieldRule, Fraction]]]
+SMALL = 5_000_000  # parameters of a model that rules are proven on directly
 MAX_FOLD_SEARCHES = 2  # that fail with the same fields, or fewer; a scalar that can be folded shows in the first edits
 
 
@@ -95,21 +97,35 @@ def cut(
     return rebuild(model, solver, kept, check)
 
 
-def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference | None = None) -> ConfigSolver:
+def checked_solver(
+    model: PreTrainedModel, groups: Groups, reference: Reference | None = None, hints: Sequence[FieldRule] = ()
+) -> ConfigSolver:
     """A solver whose rules are proven by logits.
 
     Args:
-        reference: of a float64 model to prove them on, whatever is known already; by default `trial_subject` makes one,
-            and what was found out before is taken from disk.
+        reference: of a float64 model to prove them on, whatever is known already. By default a wide model's rules are
+            proven on a narrow twin, and where that does not tell, on what `trial_subject` makes; what was found out
+            before is taken from disk.
+        hints: rules to try first, if a reference is given; else those of the class on disk.
     """
     cached = None if reference else RuleCache(model, groups)
+    hints = hints if cached is None else cached.of_class()
     failed: Counter[frozenset[str]] = Counter()  # fields -> searches for folds
+    wrong: list[FieldRule] = []  # which ran and computed something else; they do so for any share
 
     @cache
     def oracle() -> Reference:
         return reference or Reference(trial_subject(model, groups))
 
+    @cache
+    def twin() -> ConfigSolver | None:
+        return None if cached is None or model.num_parameters() <= SMALL else _solver_of_twin(model, groups, hints)
+
     def accept(rule: FieldRule, share: Fraction) -> FieldRule | None:
+        if rule in wrong:
+            return None
+        if (narrow := twin()) and (proven := proven_on(narrow, rule.families)):
+            return as_proven(rule, proven, narrow)
         members = [g for g in oracle().groups if g.family in rule.families]
         if len({g.family for g in members}) < len(rule.families):  # a twin may be too shallow to have them all
             return None
@@ -117,22 +133,36 @@ def checked_solver(model: PreTrainedModel, groups: Groups, reference: Reference 
             share = Fraction(1, 2)
         subject = oracle().model
         solver = ConfigSolver(subject, oracle().groups, known=Findings.of(rule))
+        ran = False
         for kept in solver.kept_at(rule.families, share):
             check = LogitCheck(subject, kept, oracle())
             for small in _tried(subject, solver, kept):
                 if check.same(small):
                     return rule
+                ran = ran or math.isfinite(check.difference)
                 hopeless = sum(n for fields, n in failed.items() if fields.issubset(rule.fields)) >= MAX_FOLD_SEARCHES
                 if not math.isfinite(check.difference) or members[0].blocks or hopeless:
                     continue
                 if folds := find_folds(subject, small, share, check.same):
                     return replace(rule, folds=folds)
                 failed[frozenset(rule.fields)] += 1
+        if ran and not members[0].blocks:
+            wrong.append(rule)
         return None
 
+    runs = trial_run(model, groups)
     if cached is None:
-        return ConfigSolver(model, groups, accept)
-    return ConfigSolver(model, groups, accept, cached.load(), cached.save)
+        return ConfigSolver(model, groups, accept, failure=runs, hints=hints)
+    return ConfigSolver(model, groups, accept, cached.load(), runs, cached.save, hints)
+
+
+def _solver_of_twin(model: PreTrainedModel, groups: Groups, hints: Sequence[FieldRule]) -> ConfigSolver | None:
+    """The solver of a narrow twin, None if there is no twin."""
+    try:
+        narrow = Reference(narrow_twin(model, groups))
+    except SecateurError:
+        return None
+    return checked_solver(narrow.model, narrow.groups, narrow, hints)
 
 
 def layer_solver(model: PreTrainedModel, groups: Groups, reference: Reference | None = None) -> ConfigSolver:
@@ -153,7 +183,7 @@ def rebuild(model: PreTrainedModel, solver: ConfigSolver, kept: Kept, check: Log
     for small in candidates(model, solver, kept):
         if check.same(small):
             return small
-        reason = f"{type(small).__name__} cannot run with these sizes"
+        reason = f"{type(small).__name__} cannot run with these sizes: {check.failure}"
         if math.isfinite(check.difference):
             reason = (
                 f"{type(small).__name__} builds the shapes but computes something else (logits differ by "
@@ -192,6 +222,7 @@ def fitting(solver: ConfigSolver, kept: Kept) -> Iterator[Fit]:
     Raises:
         PlanError: there is none; says why the model's own class is not.
     """
+    solver.check_alignment(kept)
     wanted = expected_shapes(solver.groups, kept)
     reason, found = "", False
     for model_class, config in solver.targets():
@@ -227,9 +258,11 @@ def rebuild_per_layer(
     model_class, config = fitting_per_layer(model, groups, solver, kept)
     small = load_tensors(model, model_class, config, dict(cut_tensors(model, groups, kept)), tied_names(groups, kept))
     if not check.same(small):
+        what = f"computes something else (logits differ by {check.difference:.2g})"
+        if check.failure:
+            what = f"does not run: {check.failure}"
         raise PlanError(
-            f"{model_class.__name__} builds the shapes but does not run or computes something else (logits differ by "
-            f"{check.difference:.2g}), so widths that differ by layer cannot be saved for it"
+            f"{model_class.__name__} builds the shapes but {what}; widths that differ by layer cannot be saved for it"
         )
     return small
 
@@ -242,6 +275,7 @@ def fitting_per_layer(
     Raises:
         PlanError: a family has no field, or the class refuses the sizes.
     """
+    solver.check_alignment(kept)
     try:
         model_class, config = per_layer_target(model, groups, solver, kept)
         fits = shapes_of(build_on_meta(model_class, config)) == expected_shapes(groups, kept)

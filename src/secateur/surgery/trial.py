@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import suppress
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -13,9 +15,11 @@ from torch import Tensor
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference, plain_logits
 from secateur.discovery.setting import quiet_transformers
-from secateur.errors import PlanError
+from secateur.errors import PlanError, first_line
 from secateur.groups import Groups, Kept
+from secateur.surgery.alignment import failure_to_run
 from secateur.surgery.config_solver import ConfigSolver
+from secateur.surgery.field_rule import FieldRule, Findings
 from secateur.surgery.per_layer import is_per_layer, skeleton
 
 if TYPE_CHECKING:
@@ -33,6 +37,7 @@ class LogitCheck:
         self.kept = kept
         self.tolerance = TOLERANCE[model.dtype]
         self.difference = float("inf")
+        self.failure = ""
         if reference is not None:
             self.reference = reference
 
@@ -45,11 +50,15 @@ class LogitCheck:
         return self.reference.logits(self.reference.ids, self.kept)
 
     def same(self, small: PreTrainedModel) -> bool:
-        """Whether the logits agree to rounding; `difference` is the largest absolute one, infinite if it cannot run."""
-        self.difference = float("inf")
+        """Whether the logits agree to rounding.
+
+        `difference` is then the largest absolute one, infinite if the candidate cannot run, and `failure` says why.
+        """
+        self.difference, self.failure = float("inf"), ""
         try:
             wanted, logits = self.wanted, plain_logits(small, self.reference.ids)
-        except Exception:  # sizes that only the forward pass refuses, each class in its own way
+        except Exception as error:  # sizes that only the forward pass refuses, each class in its own way
+            self.failure = first_line(error)
             return False
         self.difference = float((logits - wanted).abs().max())
         relative = float((logits - wanted).norm() / wanted.norm())
@@ -76,14 +85,38 @@ def trial_subject(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
 
 def _shallow(model: PreTrainedModel, groups: Groups) -> PreTrainedModel | None:
     solver = ConfigSolver(model, groups)
-    first = {g.family: g.layer for g in reversed(groups.groups) if g.layer is not None}
-    for group in groups:
-        if group.kind == "layer" and solver.rule(group.family) is not None:
-            depth = min(max(2, *(layer + 1 for layer in first.values())), group.units)
-            config = solver.edited(model.config, {group.name: range(depth)})
-            with quiet_transformers(), suppress(Exception):  # classes raise what they like for too few layers
-                return type(model)._from_config(config, dtype=torch.float32)
+    layers = _first_layers(solver)
+    if not layers:
+        return None
+    with quiet_transformers(), suppress(Exception):  # classes raise what they like for too few layers
+        return type(model)._from_config(solver.edited(model.config, layers), dtype=torch.float32)
     return None
+
+
+def _first_layers(solver: ConfigSolver) -> dict[str, range]:
+    """As many of the first layers as it takes to have every family; nothing if there is no field for their number."""
+    first = {g.family: g.layer for g in reversed(solver.groups.groups) if g.layer is not None}
+    for group in solver.groups:
+        if group.kind == "layer" and solver.rule(group.family) is not None:
+            return {group.name: range(min(max(2, *(layer + 1 for layer in first.values())), group.units))}
+    return {}
+
+
+def trial_run(model: PreTrainedModel, groups: Groups) -> Callable[[FieldRule, Fraction], str | None]:
+    """What `ConfigSolver` asks for as `failure`: the model's class runs without weights, with few layers."""
+    bare = ConfigSolver(model, groups)  # by shapes alone
+
+    def failure(rule: FieldRule, share: Fraction) -> str | None:
+        layers = _first_layers(bare)
+        alone = Findings.of(rule)
+        solver = ConfigSolver(model, groups, known=Findings(bare.findings.rules | alone.rules, ties=alone.ties))
+        for kept in solver.kept_at(rule.families, share):
+            for model_class, config in solver.targets():
+                with suppress(Exception):  # classes raise what they like for sizes they refuse
+                    return failure_to_run(model_class, solver.edited(config, {**kept, **layers}))
+        return None
+
+    return failure
 
 
 def with_noise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

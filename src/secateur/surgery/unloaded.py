@@ -9,20 +9,18 @@ of the same families into the same class. What remains to be shown for the model
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from accelerate import init_empty_weights
 
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError
-from secateur.groups import Group, Groups, Kept
-from secateur.surgery.config_fields import numbers, rebuilt, values_of
+from secateur.groups import Groups, Kept
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.field_rule import FieldRule
 from secateur.surgery.folding import Fold, drifted_scalars
@@ -30,16 +28,11 @@ from secateur.surgery.per_layer import is_per_layer, layers_differ, skeleton
 from secateur.surgery.rule_cache import RuleCache
 from secateur.surgery.shapes import build_on_meta
 from secateur.surgery.slicing import candidates, checked_solver, fitting, fitting_per_layer, rebuild_per_layer
-from secateur.surgery.trial import LogitCheck, with_noise
+from secateur.surgery.trial import LogitCheck, trial_run
+from secateur.surgery.twin import as_proven, narrow_twin, proven_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-SHARES = (Fraction(1, 16), Fraction(1, 8), Fraction(1, 4), Fraction(1, 2), Fraction(1))  # of the widths, for a twin
-LAYERS = 4  # of a twin, so that half of them can go and the others still differ
-VOCABULARY = 512
-NARROWED = ("hidden", "ffn_channel", "expert_channel", "attention_head", "kv_group", "query_head", "ssm_channel")
-FEWEST = 16  # units that a group is narrowed to; hidden dimensions must stay divisible by heads
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,14 @@ def unloaded_cut(model: PreTrainedModel, groups: Groups, kept: Kept) -> Unloaded
     reference = Reference(narrow_twin(uniform, of_uniform))
     twin = checked_solver(reference.model, reference.groups, reference)
     cached = RuleCache(uniform, of_uniform)
-    solver = ConfigSolver(uniform, of_uniform, lambda rule, _: _as_proven(rule, twin), cached.load(), cached.save)
+    solver = ConfigSolver(
+        uniform,
+        of_uniform,
+        lambda rule, _: _as_proven(rule, twin),
+        cached.load(),
+        trial_run(uniform, of_uniform),
+        cached.save,
+    )
     families = {groups.named(name).family for name in kept}
     if is_per_layer(model) or layers_differ(groups, kept):
         model_class, config = fitting_per_layer(model, groups, solver, kept)
@@ -85,70 +85,10 @@ def unloaded_cut(model: PreTrainedModel, groups: Groups, kept: Kept) -> Unloaded
     raise PlanError(f"no class gives the right logits on a small {type(model).__name__} cut in the same kinds")
 
 
-def narrow_twin(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
-    """A float64 model of the same class with the same families of groups, as narrow as its configuration allows.
-
-    Raises:
-        PlanError: no configuration of a smaller model was found.
-    """
-    families = {g.family for g in groups.prunable}
-    model = _few_layers(model, groups)
-    groups = discover(model)
-    solver = ConfigSolver(model, groups)  # by shapes alone: whatever else a field means, the class is the same
-    wide = groups.families(NARROWED)
-    narrowed = [f for f in wide if solver.rule(f) or solver.tied_rule(f)]
-    for smallest in SHARES:
-        kept = {g.name: range(_twin_units(g, smallest)) for g in groups if g.family in narrowed}
-        try:
-            config = _few_tokens(solver.edited(model.config, kept))
-            found = discover(build_on_meta(type(model), config))
-        except Exception:  # configuration classes raise what they like for sizes they refuse
-            continue
-        if {g.family for g in found.prunable} == families:
-            with quiet_transformers():
-                return with_noise(type(model)._from_config(config, dtype=torch.float32))
-    raise PlanError(f"no configuration makes a small {type(model).__name__} with the same groups, to try the cut on")
-
-
-def _few_layers(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
-    """The model on the meta device with `LAYERS` layers, or as many as it takes to have every family."""
-    solver = ConfigSolver(model, groups)
-    first = {g.family: g.layer for g in reversed(groups.groups) if g.layer is not None}
-    layers = next((g for g in groups if g.kind == "layer" and solver.rule(g.family)), None)
-    if layers is None:
-        raise PlanError(f"{type(model).__name__} has no field for its number of layers, so no small twin can be made")
-    depth = min(max(LAYERS, *(layer + 1 for layer in first.values())), layers.units)
-    return build_on_meta(type(model), solver.edited(model.config, {layers.name: range(depth)}))
-
-
-def _twin_units(group: Group, smallest: Fraction) -> int:
-    """The fewest units at this share or a larger one that can be halved."""
-    counts = [s * group.units for s in SHARES if s >= smallest]
-    fewest = max(FEWEST, 2 * group.at_least)
-    return next((int(c) for c in counts if (c / 2).denominator == 1 and c >= fewest), group.units)
-
-
-def _few_tokens(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A small vocabulary, with special tokens inside it."""
-    changes = {k: VOCABULARY for k, v in numbers(config).items() if k.endswith("vocab_size") and v > VOCABULARY}
-    if changes:
-        ids = {k: v for k, v in values_of(config).items() if k.endswith("_token_id")}
-        changes |= {k: 0 for k, v in ids.items() if type(v) is int and v >= VOCABULARY}
-    return rebuilt(config, changes)
-
-
 def _as_proven(rule: FieldRule, twin: ConfigSolver) -> FieldRule | None:
-    """A rule whose fields are those of a rule proven on the twin, with that one's folds; None if there is none."""
-    proven = twin.rule(rule.families[0]) if len(rule.families) == 1 else twin.tied_rule(rule.families[0])
-    same = proven is not None and _means_the_same(rule, proven, values_of(twin.config))
-    return replace(rule, folds=proven.folds) if proven and same else None
-
-
-def _means_the_same(rule: FieldRule, proven: FieldRule, twin: Mapping[str, Any]) -> bool:
-    """Whether a rule is one proven on a twin, sizes apart: a value to be written may be in the twin already."""
-    names = ("families", "fields", "lists", "indices", "prefixes", "suffixes")
-    same = all(set(getattr(rule, name)) == set(getattr(proven, name)) for name in names)
-    return same and set(proven.pins) <= set(rule.pins) <= {*proven.pins, *(k for k, v in twin.items() if v is not None)}
+    """A rule as it is proven on a twin, None if it is not."""
+    proven = proven_on(twin, rule.families)
+    return as_proven(rule, proven, twin) if proven else None
 
 
 def _sample(groups: Groups, families: set[str], *, uneven: bool = False) -> Kept:

@@ -1,0 +1,36 @@
+"""What a narrow twin tells about a wide model is what the wide model itself tells, in less time and memory."""
+
+import pytest
+from families import make
+
+import secateur.surgery.slicing as slicing
+from secateur.discovery import discover
+from secateur.surgery import expressible
+from secateur.surgery.rule_cache import cache_folder
+
+KINDS = ["ffn_channel", "attention_head", "kv_group", "query_head", "hidden", "layer"]
+
+
+def rules_of(model):
+    groups = discover(model)
+    can = expressible(model, groups, KINDS)
+    solver = slicing.checked_solver(model, groups)
+    rules = [solver.rule(f) or solver.tied_rule(f) for f in groups.families(KINDS)]
+    return can.ties, can.refused, [(r.families, r.fields, dict(r.pins), r.folds) for r in rules]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])  # plain, with a scalar to fold, with a tie
+def test_rules_proven_on_a_narrow_twin_are_those_of_the_model(monkeypatch, tmp_path, family):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    sizes = {"n_embd": 96, "n_inner": 88} if family == "gpt2" else {"hidden_size": 96, "intermediate_size": 88}
+    model = make(family, **sizes)
+    own = rules_of(model)
+    for file in cache_folder().glob("*.json"):
+        file.unlink()
+    monkeypatch.setattr(slicing, "SMALL", 0)
+
+    def whole(*_):
+        raise AssertionError("tried on a model with the widths of the whole")
+
+    monkeypatch.setattr(slicing, "trial_subject", whole)
+    assert rules_of(model) == own
