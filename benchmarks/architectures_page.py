@@ -252,8 +252,8 @@ def timing(runs: Record) -> str:
     load = run["load_average"]
     return (
         f"\nOne run over all {run['types']} entries, from nothing: {run['wall_s'] / 60:.0f} minutes with "
-        f"{run['jobs']} jobs on {run['cpus']} cores, from {run['start']} to {run['end']} (load average {load['before']:.1f} before it and "
-        f"{load['mean']:.1f} in the mean while it ran).\n"
+        f"{run['jobs']} jobs on {run['cpus']} cores, from {run['start']} to {run['end']} (load average "
+        f"{load['before']:.1f} before it and {load['mean']:.1f} in the mean while it ran).\n"
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -267,8 +268,14 @@ def test_ctrl_c_leaves_nothing(secateur, checkpoint_folder, text_file, tmp_path,
     assert code == 130 and not list(tmp_path.iterdir())
 
 
+def test_nothing_else_is_heard(tmp_path):
+    """Libraries of quantised models warn when transformers imports them, whatever the model."""
+    command = [sys.executable, "-c", "from secateur.cli import main; main()", "groups", "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "parameters" in done.stdout and not done.stderr
+
+
 def test_examples_run(tmp_path):
-    import subprocess
 
     examples = Path(__file__).parents[1] / "examples"
     for script in sorted(examples.glob("0*.py")):

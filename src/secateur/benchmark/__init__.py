@@ -23,6 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from secateur.benchmark.macs import count_macs
 from secateur.errors import DataError
+from secateur.packed import refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -130,8 +131,8 @@ def bench(
         seed: of the prompts.
 
     Raises:
-        DataError: a length or number is too small, prompt and new tokens exceed a model's positions, or the models
-            are on different devices.
+        DataError: a length or number is too small, prompt and new tokens exceed a model's positions, the models are on
+            different devices, or weights are quantised.
     """
     models = [model] if against is None else [model, against]
     _check(models, prompt_length, new_tokens, batch_size, repetitions, warmup)
@@ -186,6 +187,7 @@ def _check(
             f"{repetitions} times after {warmup} runs to warm up: at least 1, 2, 1, 1 and 0 are needed"
         )
     for model in models:
+        refuse_packed(model, "counted: the memory they take is not what their tensors say", DataError)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and prompt_length + new_tokens > positions:
             raise DataError(

@@ -204,15 +204,18 @@ def refuse_quantised(source: str | Path, config: PreTrainedConfig) -> None:
     Raises:
         CheckpointError: they are quantised.
     """
-    if quantised := getattr(config, "quantization_config", None):
+    if method := quantisation(config):
         raise CheckpointError(
-            f"{source} is quantised ({_quant_method(quantised)}), and packed weights can be neither cut nor trained: "
+            f"{source} is quantised ({method}), and packed weights can be neither cut nor trained: "
             "prune the float checkpoint it was made from, recover that, and quantise the result"
         )
 
 
-def _quant_method(settings: Any) -> str:
-    """Name of the method in a quantisation config, which is a dict as read and an object once a quantiser took it."""
+def quantisation(config: PreTrainedConfig) -> str | None:
+    """Name of the method by which the weights of a checkpoint are quantised, None if they are not."""
+    settings: Any = getattr(config, "quantization_config", None)  # a dict as read, an object once a quantiser took it
+    if not settings:
+        return None
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     return str(getattr(method, "value", method))
 

@@ -11,6 +11,8 @@ from secateur.checkpoint.card import model_card
 from secateur.checkpoint.folders import check_space, output_folder
 from secateur.checkpoint.loading import BUNDLED, Checkpoint
 from secateur.checkpoint.parity import verify_reload
+from secateur.errors import CheckpointError
+from secateur.packed import refuse_packed
 from secateur.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -32,8 +34,10 @@ def save(
     `trust_remote_code=True`.
 
     Raises:
-        CheckpointError: the folder is in use, or what was written does not load to the same model (it is removed then).
+        CheckpointError: the folder is in use, weights are quantised, or what was written does not load to the same
+            model (it is removed then).
     """
+    refuse_packed(model, "saved by Secateur", CheckpointError)
     with output_folder(output, overwrite=overwrite) as folder:
         write(model, folder, tokenizer=tokenizer, plan=plan, results=results)
         verify_reload(folder, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -15,6 +16,9 @@ from secateur.cli.ship import export
 from secateur.errors import SecateurError
 
 __all__ = ["app", "main", "out"]
+
+# What transformers and peft import where it is installed, and which warns of kernels that are not.
+TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +40,8 @@ app.command()(demo)
 def main() -> None:
     """Entry point of the `secateur` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app()
     except SecateurError as error:

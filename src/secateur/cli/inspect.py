@@ -28,10 +28,10 @@ def groups(
     from secateur.pipeline import write_json
     from secateur.surgery import prove
 
-    if verify:
-        subject = checkpoint.load(model, trust_remote_code=trust_remote_code, to_change=True).model
-    else:
-        subject = checkpoint.load_skeleton(model, trust_remote_code=trust_remote_code)
+    subject = checkpoint.load_skeleton(model, trust_remote_code=trust_remote_code)
+    packing = checkpoint.quantisation(subject.config)
+    if verify and packing is None:
+        subject = checkpoint.load(model, trust_remote_code=trust_remote_code).model
     found = discover(subject)
     families: dict[str, list[Group]] = {}
     for group in found:
@@ -67,8 +67,12 @@ def groups(
             table.add_row(row["kind"], f"{row['proven']} of {row['families']}", *shown)
         out.print(table)
     out.print(f"{found.total_parameters:,} parameters")
+    if packing is not None:
+        how = "; proven on a small model of the class with random weights, as packed ones cannot be cut" * verify
+        out.print(f"quantised ({packing}): these are the groups of the float checkpoint{how}", soft_wrap=True)
     if json:
-        results = {"schema": 1, "command": "groups", "model": {"source": model}, "families": rows}
+        about = {"source": model, "quantisation": packing}
+        results = {"schema": 1, "command": "groups", "model": about, "families": rows}
         write_json(json, results | ({"kinds": kinds} if verify else {}))
 
 

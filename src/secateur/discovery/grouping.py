@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from secateur.discovery.axes import Axis, NotSeparableError, positions
 from secateur.discovery.kinds import Structure, common_module
-from secateur.discovery.packed import replaced_parameters
 from secateur.discovery.recorder import Trace
+from secateur.discovery.stand_ins import replaced_parameters
 from secateur.groups import Group, Groups, IndexArray, Member
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def build_groups(model: PreTrainedModel, trace: Trace) -> tuple[Groups, dict[str, Axis]]:
     """The groups of a traced model, and the leaf axis of each by name."""
-    structure = Structure(trace, {name: axes for name, axes in trace.parameters.items() if _is_stored(model, name)})
+    structure = Structure(trace, {name: axes for name, axes in trace.parameters.items() if is_stored(model, name)})
     names = _names(structure)
     groups = [_group_of(structure, leaf, kind, name) for leaf, (kind, name) in names.items()]
     groups += _block_groups(structure, {name for _, name in names.values()})
@@ -33,7 +33,8 @@ def build_groups(model: PreTrainedModel, trace: Trace) -> tuple[Groups, dict[str
     return Groups(tuple(groups), shapes, buffers, _tied(model, shapes)), leaf_of
 
 
-def _is_stored(model: PreTrainedModel, name: str) -> bool:
+def is_stored(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter or buffer is part of the state dict."""
     path, _, attribute = name.rpartition(".")
     return attribute not in model.get_submodule(path)._non_persistent_buffers_set
 

@@ -21,11 +21,13 @@ from torch.utils.hooks import RemovableHandle
 
 import secateur.discovery.rules  # noqa: F401  (registers the rules)
 from secateur.discovery.axes import Axis, Hazard, freeze
-from secateur.discovery.packed import refuse_quantised
+from secateur.discovery.grouping import is_stored
 from secateur.discovery.recorder import RULES, Child, Reduction, Trace, Tracer
 from secateur.discovery.residual import LayerFlow, first_of
 from secateur.discovery.setting import plain_forward, quiet_transformers, unchanged
+from secateur.discovery.stand_ins import known_packed, multiply_densely
 from secateur.errors import DiscoveryError
+from secateur.packed import Packed, refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,7 +51,7 @@ def probe_ids(model: PreTrainedModel, seed: int = 0, length: int = SEQ_LEN) -> T
 
 
 def run_trace(model: PreTrainedModel, *, fake: bool = True, ids: Tensor | None = None) -> Trace:
-    """Trace one forward pass of `model`.
+    """Trace one forward pass of `model`; linear modules whose weights are packed are traced as what they stand for.
 
     Args:
         fake: trace on tensors without data; the model may be on the meta device. A forward pass that depends on values
@@ -57,15 +59,19 @@ def run_trace(model: PreTrainedModel, *, fake: bool = True, ids: Tensor | None =
         ids: token ids [batch, length] to trace real tensors on, by default `probe_ids`.
 
     Raises:
-        DiscoveryError: the forward pass fails, or weights are quantised.
+        DiscoveryError: the forward pass fails, or weights are packed in a way that is not known, or have to be read.
     """
-    refuse_quantised(model)
+    packed = known_packed(model)
+    if not fake:
+        refuse_packed(model, "traced on their values", DiscoveryError)
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     try:
         if not fake:
             return _traced(model, state, probe_ids(model) if ids is None else ids, warm_up=True)
         with FakeTensorMode(allow_non_fake_inputs=True), unchanged(model):
-            return _traced(model, fake_copies(state), torch.zeros(BATCH, SEQ_LEN, dtype=torch.long))
+            multiply_densely(model, packed)
+            copies = fake_copies(state, packed, model.dtype)
+            return _traced(model, copies, torch.zeros(BATCH, SEQ_LEN, dtype=torch.long))
     except VALUE_DEPENDENT as error:
         if any(t.is_meta for t in state.values()):
             raise DiscoveryError(
@@ -107,26 +113,30 @@ def _reach_further(model: PreTrainedModel, trace: Trace, state: Mapping[str, Ten
     trace.flows.clear()
 
 
-def fake_copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A tensor without data for every tensor of the state, tied ones staying one."""
+def fake_copies(
+    state: Mapping[str, Tensor], packed: Mapping[str, Packed] | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """A tensor without data for every tensor of the state, tied ones staying one; packed ones dense, in `dtype`."""
+    packed = packed or {}
     made: dict[int, Tensor] = {}
-    for t in state.values():
+    for name, t in state.items():
         if id(t) not in made:
-            made[id(t)] = torch.empty(t.shape, dtype=t.dtype)
+            shape = packed[name].shape if name in packed else t.shape
+            made[id(t)] = torch.empty(shape, dtype=dtype if name in packed else t.dtype)
     return {name: made[id(t)] for name, t in state.items()}
 
 
 def _register(trace: Trace, model: PreTrainedModel, state: Mapping[str, Tensor]) -> None:
     """Give every parameter and buffer its own axes."""
-    stored = set(model.state_dict().keys())
     for name, tensor in state.items():
         if tensor in trace._dims:
             continue
-        hazards = [] if name in stored else [Hazard("constant", f"tied to {name}, which the model computes itself")]
+        stored = is_stored(model, name)
+        hazards = [] if stored else [Hazard("constant", f"tied to {name}, which the model computes itself")]
         axes = [Axis(s, hazards) for s in tensor.shape]
         trace.set(tensor, axes)
         trace.parameters[name] = axes
-        if name in stored:
+        if stored:
             trace.set_origin(tensor, name)
 
 

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from secateur.errors import PlanError
 from secateur.groups import Group
 from secateur.importance.ablation import leave_one_out
 from secateur.importance.magnitude import Magnitude, Random
 from secateur.importance.reduce import REDUCTIONS, Axis, axes_of, group_scores
 from secateur.importance.taylor import Taylor, gradients
+from secateur.packed import refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,8 +63,10 @@ def score(
 
     Raises:
         NonFiniteError: a loss or score is NaN or infinite.
+        PlanError: weights are quantised, so that they have no gradients and other values than are stored.
         ValueError: no such reduction.
     """
+    refuse_packed(model, "scored by these criteria", PlanError)
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")
     chosen = list(groups)

@@ -11,7 +11,9 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
+from secateur.errors import PlanError
 from secateur.groups import Group
+from secateur.packed import refuse_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +30,9 @@ def leave_one_out(model: PreTrainedModel, groups: Sequence[Group], batches: Sequ
         Group name -> float32 [units], in nats per token; negative where the model does better without the unit.
 
     Raises:
-        PlanError: a group lies on rows that DoRA adapts.
+        PlanError: a group lies on rows that DoRA adapts, or weights are quantised.
     """
+    refuse_packed(model, "zeroed in place", PlanError)
     for group in groups:
         group.check_zeroing()
     training = model.training

@@ -25,6 +25,7 @@ from secateur.discovery.reference import Reference
 from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups, Kept
+from secateur.packed import packed_weights
 from secateur.plan import PruningPlan
 from secateur.surgery.slicing import cut, load_tensors
 from secateur.surgery.state import new_name, renumbering, tied_names
@@ -220,6 +221,12 @@ def unsupported(model: PeftModel) -> str | None:
         if config.target_parameters:
             names = ", ".join(sorted(config.target_parameters)[:3])
             return f"adapters on stacked parameters (target_parameters: {names}) are not cut with their model: {merge}"
+    for packed in packed_weights(model).values():
+        return (
+            f"{packed.text}, and adapters are cut together with float weights only: load the base without quantisation "
+            "and put the adapter on it (PeftModel.from_pretrained); a plan made here fits that model, since its groups "
+            "are the same"
+        )
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{path} is trained as a whole beside the adapters (modules_to_save), which is not cut: {merge}"

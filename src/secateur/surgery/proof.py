@@ -16,6 +16,7 @@ from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.errors import DiscoveryError, PlanError
 from secateur.groups import Group, Groups
+from secateur.packed import packed_weights
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.single import SinglePrecision
@@ -74,8 +75,8 @@ def prove(model: PreTrainedModel, kinds: Sequence[str] = OFFERED_KINDS, seed: in
     """Slice a quarter of the units of every family, others in each layer, and compare logits with the original.
 
     Works in float64 on a copy of the model with noise on every weight (so that no bias is zero), and compares what is
-    right there in float32 too. Large models and those on the meta device are represented by a randomly initialised twin
-    with few layers.
+    right there in float32 too. Large models, quantised ones and those on the meta device are represented by a randomly
+    initialised twin with few layers.
     """
     subject = _subject(model, seed)
     reference = Reference(subject)
@@ -153,7 +154,7 @@ def _chosen(group: Group, count: int, generator: Generator) -> tuple[int, ...]:
 
 
 def _subject(model: PreTrainedModel, seed: int) -> PreTrainedModel:
-    """What the proof runs on: a float64 copy with noise, or a shallow twin where there are no or too many weights."""
-    if any(p.is_meta for p in model.parameters()) or model.num_parameters() > MAX_OWN_WEIGHTS:
+    """What the proof runs on: a float64 copy with noise, or a shallow twin where weights are absent, packed or many."""
+    if any(p.is_meta for p in model.parameters()) or packed_weights(model) or model.num_parameters() > MAX_OWN_WEIGHTS:
         return trial_subject(model, discover(model))
     return with_noise(copy.deepcopy(model), seed)

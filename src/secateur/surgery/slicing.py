@@ -21,6 +21,7 @@ from secateur.discovery.reference import Reference
 from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError, SecateurError, first_line
 from secateur.groups import Groups, Kept
+from secateur.packed import refuse_packed
 from secateur.plan import PruningPlan
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
@@ -59,12 +60,14 @@ def slice(
             modules: the result runs, but cannot be saved.
 
     Raises:
-        PlanError: the plan does not fit the model, or no class expresses the cut with the same logits.
+        PlanError: the plan does not fit the model, no class expresses the cut with the same logits, or weights are
+            quantised.
     """
     from secateur.surgery.adapters import is_adapted, slice_adapted  # builds on this module
 
     if is_adapted(model):
         return slice_adapted(model, plan, groups)
+    refuse_packed(model, "cut (a plan made here fits the float model, whose groups are the same)", PlanError)
     groups = groups or discover(model)
     plan.check(groups)
     kept = {n: k for n, k in plan.kept.items() if len(k) < groups.named(n).units}

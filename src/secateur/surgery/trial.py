@@ -17,6 +17,7 @@ from secateur.discovery.reference import Reference, plain_logits
 from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError, first_line
 from secateur.groups import Groups, Kept
+from secateur.packed import packed_weights
 from secateur.surgery.alignment import failure_to_run
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.field_rule import FieldRule, Findings
@@ -72,13 +73,13 @@ def trial_subject(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
     field for the number of layers is copied instead. No parameter is constant, so that no bias or gain goes unnoticed.
 
     Raises:
-        PlanError: a model without weights has no field for its layers.
+        PlanError: a model whose weights are absent or packed has no field for its layers.
     """
     if is_per_layer(model):
         model = skeleton(model)
         groups = discover(model)
     subject = _shallow(model, groups)
-    if subject is None and any(p.is_meta for p in model.parameters()):
+    if subject is None and (any(p.is_meta for p in model.parameters()) or packed_weights(model)):
         raise PlanError(f"{type(model).__name__} has no field for its number of layers, so no small twin can be tried")
     return with_noise(copy.deepcopy(model) if subject is None else subject)
 
