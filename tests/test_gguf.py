@@ -1,5 +1,6 @@
 """GGUF files: llama.cpp itself runs them and must give the log-probabilities of transformers, token by token."""
 
+import copy
 import errno
 import sys
 
@@ -160,12 +161,36 @@ def test_the_bundled_model_pruned_per_layer_continues_a_prompt_alike(demo, tmp_p
     model, tokenizer = demo
     ids = tokenizer(PROMPT)["input_ids"]
     done = export_gguf(model, tokenizer, tmp_path / "demo.gguf", dtype)
-    found = compare(done.path, model, ids, new_tokens=16)
+    found = compare(done.path, model, ids, dtype, new_tokens=16)
     assert done.arch == "deci" and found.agrees(dtype) and found.positions == len(ids) + 16
     assert found.mean_difference < found.max_difference
     if dtype == "f32":
         text = model.generate(torch.tensor([ids]), max_new_tokens=16, min_new_tokens=16, do_sample=False)
         assert found.max_difference < SILU and list(found.continuation) == text[0, len(ids) :].tolist()
+        loss = model(torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        assert found.perplexity_before == pytest.approx(loss.exp().item(), rel=1e-5)
+        assert found.perplexity_after == pytest.approx(found.perplexity_before, rel=1e-4)
+
+
+@runs_llama_cpp
+def test_tokens_that_rounding_swaps(tokenizer, tmp_path):
+    """Two tokens made equally likely but for less than bf16 tells apart, and then by more."""
+    model = built("llama")
+    done = export_gguf(model, tokenizer, tmp_path / "a.gguf", "bf16")
+    ids = list(range(3, 27))
+    first = compare(done.path, model, ids, "bf16", new_tokens=1)
+    (token,) = first.continuation
+    for shift, agrees in ((1 + 1e-4, True), (1.5, False)):
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            rows = other.get_output_embeddings().weight
+            rows[token + 1] = rows[token] * shift
+        found = compare(done.path, other, ids, "bf16", new_tokens=1)
+        assert not found.same_greedy and found.rounding > 0 and found.greedy_gap > 0
+        if agrees:
+            assert found.greedy_gap < 2 * found.rounding
+        else:
+            assert found.greedy_gap > 0.5
 
 
 def read(path):

@@ -273,6 +273,17 @@ def test_uniform_models_are_saved_as_they_are(tokenizer, tmp_path):
     assert checkpoint.load(tmp_path / "out").tokenizer is not None
 
 
+def test_a_qwen2_whose_heads_do_not_fill_the_hidden_size(tmp_path):
+    """vLLM's Qwen2 takes a head to be hidden_size / num_attention_heads wide, whatever config.json says."""
+    narrow = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    done, config = check(make("qwen2", **narrow), tmp_path / "out")
+    assert done.padded_parameters == 0 and (config.num_attention_heads, config.head_dim) == (4, 8)
+    assert export_vllm(make("qwen2"), tmp_path / "full").layout == "transformers"
+    windowed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    with pytest.raises(CheckpointError, match=r"heads must add up to the hidden size; .* a window of 8 tokens"):
+        export_vllm(make("qwen2", **narrow, **windowed), tmp_path / "windowed")
+
+
 @pytest.mark.parametrize(
     ("model_type", "per_layer", "sizes", "message"),
     [

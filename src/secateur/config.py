@@ -58,7 +58,7 @@ class PruneSettings(Section):
     gradient_checkpointing: bool = False
     calibration: CalibrationSettings = CalibrationSettings()
     uniform: bool = True
-    tier: Literal["auto", "uniform", "per-layer", "padded"] = "auto"
+    tier: Literal["auto", "uniform", "depth", "per-layer", "padded"] = "auto"
     round_to: int = Field(1, ge=1)
     protect_first: int = Field(0, ge=0)
     protect_last: int = Field(0, ge=0)
@@ -68,7 +68,7 @@ class PruneSettings(Section):
     @property
     def same_widths(self) -> bool:
         """Whether every layer gets the same widths, by the tier if one is asked for."""
-        return self.uniform if self.tier == "auto" else self.tier == "uniform"
+        return self.uniform if self.tier == "auto" else self.tier in ("uniform", "depth")
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneSettings:

@@ -52,3 +52,8 @@ class RecipeError(SecateurError):
 def first_line(error: BaseException) -> str:
     """What another library's error says, without its further lines."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """All of what another library's error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__

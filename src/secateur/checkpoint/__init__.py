@@ -3,7 +3,13 @@
 from secateur.checkpoint.adapted import save_adapted
 from secateur.checkpoint.folders import output_folder
 from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton, quantisation
-from secateur.checkpoint.parity import Parity, check_same_logits, verify_in_fresh_process, verify_reload
+from secateur.checkpoint.parity import (
+    Parity,
+    check_same_logits,
+    logit_difference,
+    verify_in_fresh_process,
+    verify_reload,
+)
 from secateur.checkpoint.saving import save, write, write_about
 from secateur.checkpoint.stream import StreamReport, cut_streaming
 
@@ -17,6 +23,7 @@ __all__ = [
     "cut_streaming",
     "load",
     "load_skeleton",
+    "logit_difference",
     "output_folder",
     "quantisation",
     "save",

@@ -116,6 +116,8 @@ def _place(source: str | Path) -> Path | str:
 def _config(place: Path | str, trust_remote_code: bool) -> PreTrainedConfig:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    if isinstance(place, Path):
+        _refuse_other_forms(place)
     if isinstance(place, Path) and not (place / "config.json").is_file():
         if (place / "adapter_config.json").is_file():
             raise CheckpointError(
@@ -141,6 +143,26 @@ def _config(place: Path | str, trust_remote_code: bool) -> PreTrainedConfig:
             f"{place} is {what}, not a causal (decoder-only) language model; Secateur prunes only those"
         )
     return config
+
+
+def _refuse_other_forms(place: Path) -> None:
+    """Say of a folder that it is what `export` writes for another program.
+
+    Raises:
+        CheckpointError: it is.
+    """
+    if any(place.glob("*.gguf")) and not any(place.glob("*.safetensors")):
+        raise CheckpointError(f"{place} holds a GGUF file, which only llama.cpp runs: use what it was exported from")
+    try:
+        config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+        ours = config["model_type"] == "nemotron-nas" and "AutoModelForCausalLM" not in config["auto_map"]
+    except (OSError, ValueError, LookupError, TypeError):  # told by transformers
+        return
+    if ours:
+        raise CheckpointError(
+            f"{place} has the nemotron-nas layout, in which heads are filled up for vLLM and which no class of "
+            "transformers loads: use the checkpoint that it was exported from"
+        )
 
 
 def _check_weights(folder: Path) -> None:

@@ -111,6 +111,12 @@ def check_same_logits(model: PreTrainedModel, again: PreTrainedModel) -> float:
     return _checked_difference(_logits(model, ids), _logits(again, ids))
 
 
+def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
+    """The largest difference of logits between a model and another form of it, in which sums run in another order."""
+    ids, _ = probe(model, None)
+    return float((_logits(other, ids) - _logits(model, ids)).abs().max())
+
+
 def _checked_difference(wanted: Tensor, logits: Tensor) -> float:
     difference = float((logits - wanted).abs().max())
     if not difference <= PARITY_TOLERANCE * max(1.0, float(wanted.abs().max())):

@@ -51,8 +51,8 @@ def prune(
     uniform: Annotated[bool, typer.Option("--uniform/--per-layer", help="The same widths in every layer.")] = True,
     tier: Annotated[
         str | None,
-        typer.Option(help="Form of the result: uniform or padded (any loader), per-layer (comes with a class file), "
-                     "auto (the plainest that loses nothing)."),
+        typer.Option(help="Form of the result: uniform, depth (whole layers go) or padded (any loader), per-layer "
+                     "(comes with a class file), auto (the plainest that loses nothing)."),
     ] = None,
     round_to: Annotated[int | None, typer.Option(help="Make channel counts multiples of this.")] = None,
     protect_first: Annotated[int | None, typer.Option(help="Layers at the start to leave whole.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +50,8 @@ def print_results(results: dict[str, Any]) -> None:
         out.print(f"left whole: {family}: {reason}", soft_wrap=True)
     if "tier" in results:
         print_tiers(results["tier"])
+    if note := results.get("class", {}).get("note"):
+        out.print(note, soft_wrap=True)
     if "parity" in results:
         print_parity(results["parity"])
     if "streaming" in results:
@@ -72,8 +75,19 @@ def print_tiers(tier: dict[str, Any]) -> None:
     """The form of the result, and what the others would have cost."""
     length = tier["tiers"][0]["prompt_length"]
     table = Table("tier", "parameters", "bytes", f"MACs of {length} tokens", "loads with")
-    for t in tier["tiers"]:
-        name = f"{t['name']} (written)" if t["name"] == tier["chosen"] else t["name"]
-        figures = [f"{t[k]:,}" if t[k] is not None else "" for k in ("parameters", "bytes", "macs")]
-        table.add_row(name, *figures, t["reason"] or t["loads_with"])
+    for _, alike in groupby(tier["tiers"], key=lambda t: t["reason"] or t["name"]):
+        rows = list(alike)
+        names = [f"{t['name']} (written)" if t["name"] == tier["chosen"] else t["name"] for t in rows]
+        t = rows[0]
+        figures = ["" if n is None else f"{n:,}" for n in (t["parameters"], t["bytes"], t["macs"])]
+        if t["bytes_by_type"]:
+            figures[1] = _by_type(t["bytes_by_type"])
+        table.add_row(", ".join(names), *figures, t["reason"] or t["loads_with"])
     out.print(table)
+
+
+def _by_type(sizes: dict[str, int]) -> str:
+    """Sizes of a file in each of its types, one line for those that are equal."""
+    return "\n".join(
+        f"{', '.join(kind for kind in sizes if sizes[kind] == size)} {size:,}" for size in dict.fromkeys(sizes.values())
+    )

@@ -8,13 +8,15 @@ import typer
 
 from secateur.cli.common import Device, Dtype, Model, Output, Overwrite, Trust, out, print_parity, recipe_of
 
-FORMS = ("uniform", "padded", "gguf", "vllm")
+FORMS = ("uniform", "per-layer", "padded", "gguf", "vllm")
 
 
 def export(
     model: Model,
     output: Output,
-    to: Annotated[str, typer.Option(help="gguf (llama.cpp), padded or uniform (any loader), vllm.")],
+    to: Annotated[
+        str, typer.Option(help="gguf (llama.cpp), vllm, padded or uniform (any loader), or back to per-layer.")
+    ],
     gguf_type: Annotated[str, typer.Option(help="Type of a GGUF file: f32, f16, bf16 or q8_0.")] = "f16",
     dtype: Dtype = None,
     device: Device = None,
@@ -37,17 +39,27 @@ def export(
 def _print(results: dict[str, Any]) -> None:
     params, facts = results["params"], results["export"]
     out.print(f"{params['source']:,} -> {params['exported']:,} parameters")
+    if "max_logit_difference_to_source" in facts:
+        out.print(f"logits differ by {facts['max_logit_difference_to_source']:.1e} from those of the source")
     for note in facts.get("notes", []):
         out.print(f"note: {note}", soft_wrap=True)
-    parity = results.get("parity")
+    parity = results["parity"]
     if parity is None:
-        out.print(facts.get("checked", "not verified"), soft_wrap=True)
+        out.print(f"not checked by running it: {results['parity_reason']}", soft_wrap=True)
     elif "mean_difference" in parity:
-        same = "the same" if parity["same_greedy"] else "other"
-        out.print(
-            f"run by llama.cpp: log-probabilities differ by {parity['max_difference']:.1e} at most and "
-            f"{parity['mean_difference']:.1e} on average ({parity['positions']} positions), {same} greedy tokens",
-            soft_wrap=True,
-        )
+        _print_llama_cpp(parity)
     else:
         print_parity(parity)
+
+
+def _print_llama_cpp(parity: dict[str, Any]) -> None:
+    """Two lines on what llama.cpp computed."""
+    out.print(
+        f"run by llama.cpp: log-probabilities differ by {parity['max_difference']:.1e} at most and "
+        f"{parity['mean_difference']:.1e} on average ({parity['positions']} positions), perplexity "
+        f"{parity['perplexity_before']:.4f} before and {parity['perplexity_after']:.4f} after "
+        f"({parity['tokens']} tokens: {parity['text']})",
+        soft_wrap=True,
+    )
+    near = f"other greedy tokens where the likeliest are {parity['greedy_gap']:.1e} nats apart, within the rounding"
+    out.print("the same greedy tokens" if parity["same_greedy"] else near, soft_wrap=True)

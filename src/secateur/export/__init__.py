@@ -2,10 +2,11 @@
 
 from secateur.export.gguf import GGUFExport, export_gguf
 from secateur.export.llama_cpp import LlamaCppParity, compare
-from secateur.export.tiers import Tier, plainest, tiers
+from secateur.export.tiers import NOT_NEEDED, Tier, layers_of, plainest, tiers
 from secateur.export.vllm import VllmExport, export_vllm, vllm_notes
 
 __all__ = [
+    "NOT_NEEDED",
     "GGUFExport",
     "LlamaCppParity",
     "Tier",
@@ -13,6 +14,7 @@ __all__ = [
     "compare",
     "export_gguf",
     "export_vllm",
+    "layers_of",
     "plainest",
     "tiers",
     "vllm_notes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ DTYPES = {
     "bf16": ("BF16", "MOSTLY_BF16"),
     "q8_0": ("Q8_0", "MOSTLY_Q8_0"),
 }
+DEFAULT = "f16"
 FLOAT32 = ("ffn_gate_inp.weight",)  # routers, whose rounding would send tokens to other experts
 FLOAT16_MAX = 65504.0
 # Field of a configuration -> method of `gguf.GGUFWriter` that says it.
@@ -42,6 +44,29 @@ FIELDS = {
     "num_experts_per_tok": "add_expert_used_count",
     "moe_intermediate_size": "add_expert_feed_forward_length",
 }
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds, known from the shapes alone: the parts of the tensors are views of the model's parameters.
+
+    Attributes:
+        tensors: by their names in the file.
+    """
+
+    layout: Layout
+    sizes: Sizes
+    tensors: Mapping[str, Piece]
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all tensors, zeros for left-out sublayers included."""
+        return sum(math.prod(piece.shape) for piece in self.tensors.values())
+
+    def bytes(self, dtype: str) -> int:
+        """Size of the tensors in a file of this dtype; its header and its tokenizer come on top."""
+        types = _types(self.tensors, dtype)
+        return sum(_stored_bytes(piece, types[name]) for name, piece in self.tensors.items())
 
 
 @dataclass(frozen=True)
@@ -70,7 +95,7 @@ def export_gguf(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     output: Path | str,
-    dtype: str = "f16",
+    dtype: str = DEFAULT,
     *,
     overwrite: bool = False,
 ) -> GGUFExport:
@@ -86,12 +111,8 @@ def export_gguf(
     output = Path(output)
     if dtype not in DTYPES:
         raise CheckpointError(f"unknown GGUF dtype {dtype!r}; use {', '.join(DTYPES)}")
-    _import()
-    family = family_of(model.config)
-    sizes = read_sizes(model)
-    found = read_tensors(model, sizes, family)
-    layout = choose(family, model.config, sizes, biases(found))
-    tensors = arrange(found, sizes, family, layout)
+    held = contents(model)
+    layout, sizes, tensors = held.layout, held.sizes, held.tensors
     words = vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
     types = _types(tensors, dtype)
     context, window_note = _context(sizes, layout)
@@ -102,11 +123,25 @@ def export_gguf(
         path=output,
         dtype=dtype,
         tensors=len(tensors),
-        parameters=sum(int(np.prod(piece.shape)) for piece in tensors.values()),
+        parameters=held.parameters,
         bytes=output.stat().st_size,
         context=context,
         notes=(*_skip_notes(sizes), *window_note, *_type_notes(types, dtype), *words.notes),
     )
+
+
+def contents(model: PreTrainedModel) -> Contents:
+    """What the file of a model holds; its weights are not needed.
+
+    Raises:
+        CheckpointError: llama.cpp has no home for the model, or the gguf package is missing.
+    """
+    _import()
+    family = family_of(model.config)
+    sizes = read_sizes(model)
+    found = read_tensors(model, sizes, family)
+    layout = choose(family, model.config, sizes, biases(found))
+    return Contents(layout, sizes, arrange(found, sizes, family, layout))
 
 
 def _import() -> None:
@@ -130,6 +165,13 @@ def _types(tensors: Mapping[str, Piece], dtype: str) -> dict[str, GGMLQuantizati
         else:
             found[name] = wanted
     return found
+
+
+def _stored_bytes(piece: Piece, kind: GGMLQuantizationType) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(math.prod(piece.shape) // block * size)
 
 
 def _context(sizes: Sizes, layout: Layout) -> tuple[int, tuple[str, ...]]:
@@ -191,8 +233,7 @@ def _write(
     import gguf
 
     for name, piece in tensors.items():
-        block, size = gguf.GGML_QUANT_SIZES[types[name]]
-        bytes_ = int(np.prod(piece.shape)) // block * size
+        bytes_ = _stored_bytes(piece, types[name])
         writer.add_tensor_info(name, piece.shape, np.dtype(np.float32), bytes_, raw_dtype=types[name])
     try:
         writer.write_header_to_file(file)

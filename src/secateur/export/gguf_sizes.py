@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.errors import CheckpointError
+from secateur.surgery.per_layer import OWN
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,6 +95,19 @@ def read_sizes(model: PreTrainedModel) -> Sizes:
         score_scale=next(float(m.scaling) for m in model.modules() if isinstance(getattr(m, "scaling", None), float)),
         tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
     )
+
+
+def with_stand_ins(config: Any, sizes: Sizes) -> Any:
+    """The configuration of a per-layer model that has, in place of what layers leave out, what GGUF stores there."""
+    values = {name: value for name, value in config.to_dict().items() if name not in OWN}
+    overrides = {int(number): dict(fields) for number, fields in config.to_dict()["per_layer_config"].items()}
+    for number, layer in enumerate(sizes.layers):
+        skip = overrides.get(number, {}).pop("skip", ())
+        if "attention" in skip:
+            overrides[number] |= {"num_attention_heads": layer.heads, "num_key_value_heads": layer.kv_heads}
+        if "mlp" in skip:
+            overrides[number] |= {"intermediate_size": layer.ffn}
+    return type(config)(**{**values, "head_dim": sizes.head_dim}, per_layer_config=overrides)
 
 
 def _layer(own: Any, number: int) -> Layer:

@@ -19,7 +19,10 @@ Ask = Callable[[str, dict[str, Any]], dict[str, Any]]
 
 
 def main() -> None:
-    """Answer one request: log-probabilities along a prompt and its greedy continuation, and tokens of texts."""
+    """Answer one request: log-probabilities along a prompt and its greedy continuation, and tokens of texts.
+
+    `rows` has the most likely next tokens after each token; `following` what the token that follows in the prompt got.
+    """
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = json.load(sys.stdin)
@@ -27,11 +30,17 @@ def main() -> None:
     text, top = list(request["prompt"]), request["top"]
     printable = ask("/tokenize", {"content": "a", "add_special": False})["tokens"][-1]
     rows = [likely(ask, text[: i + 1], top, printable) for i in range(len(text))]
+    following = []
+    for i, (row, token) in enumerate(zip(rows, text[1:], strict=False)):
+        found = dict(row)
+        if token not in found:
+            found = dict(likely(ask, text[: i + 1], request["vocabulary"], printable))
+        following.append(found[token])
     for _ in range(request["new_tokens"]):
         text.append(rows[-1][0][0])
         rows.append(likely(ask, text, top, printable))
     tokens = [ask("/tokenize", {"content": t, "add_special": True})["tokens"] for t in request["texts"]]
-    json.dump({"rows": rows, "tokens": tokens}, answer)
+    json.dump({"rows": rows, "following": following, "tokens": tokens}, answer)
     answer.close()
     os._exit(0)  # the server's threads need not wind down
 

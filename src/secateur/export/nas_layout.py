@@ -21,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from secateur.export.gguf_sizes import base_type
+from secateur.surgery.per_layer import OWN
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -69,8 +72,8 @@ class Heads:
 
 
 def refusal(config: PreTrainedConfig) -> str | None:
-    """Why a per-layer model has no such layout; None if it has."""
-    base = config.base_model_type
+    """Why a model has no such layout; None if it has."""
+    base = base_type(config)
     if base not in BASES:
         return f"of the models whose layers differ in width, vLLM takes {', '.join(BASES)}, not {base}"
     if window := _window(config):
@@ -85,8 +88,13 @@ def refusal(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def heads_fill_hidden(config: PreTrainedConfig) -> bool:
+    """Whether the heads of a model with the same widths in every layer are together as wide as the residual stream."""
+    return bool(config.num_attention_heads * _head_dim(config) == config.hidden_size)
+
+
 def layout_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """`config.json` of the layout for a per-layer configuration that is not refused."""
+    """`config.json` of the layout for a configuration that is not refused."""
     heads = head_layout(config)
     blocks = []
     for number, own in enumerate(config.per_layer_config):
@@ -102,7 +110,7 @@ def layout_of(config: PreTrainedConfig) -> dict[str, Any]:
         "num_attention_heads": heads[0].stored,
         "head_dim": _head_dim(config.per_layer_config[0]),
         "attention_bias": getattr(config, "attention_bias", False),
-        "qkv_bias": config.base_model_type == "qwen2" or getattr(config, "attention_bias", False),
+        "qkv_bias": base_type(config) == "qwen2" or getattr(config, "attention_bias", False),
         "mlp_bias": getattr(config, "mlp_bias", False),
         "block_configs": blocks,
     }
@@ -173,6 +181,18 @@ def _stored_as(stored: int, counts: Sequence[tuple[int, int]]) -> list[Heads]:
         options = [Heads(queries, keys, stored, group) for group in divisors]
         layouts.append([heads for heads in options if keys * heads.copies <= heads.stored_keys][-1])
     return layouts
+
+
+def as_stored(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration of a per-layer model that has all the heads which are stored."""
+    heads = head_layout(config)
+    values = {name: value for name, value in config.to_dict().items() if name not in OWN}
+    values |= {"num_attention_heads": heads[0].stored, "head_dim": _head_dim(config.per_layer_config[0])}
+    overrides = {int(n): dict(fields) for n, fields in config.to_dict().get("per_layer_config", {}).items()}
+    for number, own in heads.items():
+        overrides.setdefault(number, {})
+        overrides[number] |= {"num_attention_heads": own.stored, "num_key_value_heads": own.stored_keys}
+    return type(config)(**values, per_layer_config=overrides)
 
 
 def skips(own: PreTrainedConfig, sublayer: str) -> bool:

@@ -23,6 +23,7 @@ from secateur.surgery.per_layer import is_per_layer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+STOCK_LAYOUT, NAS_LAYOUT = "transformers", "nemotron-nas"
 VOCABULARY_BLOCK = 64  # vLLM fills the vocabulary up to a multiple of this
 AGE = "a release of 2026 or later: older ones do not read rope_parameters, which transformers 5 writes"
 STOCK = f"an ordinary checkpoint of transformers, which vLLM takes as it is: vllm serve {{folder}} ({AGE})"
@@ -31,6 +32,9 @@ INSTEAD = (
     "export it padded to the widths of the largest layer, which vLLM takes as it is, or to gguf for llama.cpp, or "
     "prune with the same widths in every layer (without --per-layer)"
 )
+# Where vLLM's own class (0.33) does less than the class of transformers with the same name.
+HEADS_FILL_HIDDEN = ("qwen2",)  # a head is hidden_size / num_attention_heads wide, whatever head_dim says
+NO_OUTPUT_BIAS = ("qwen3", "qwen3_moe")  # attention_bias gives q, k and v one, and not the output projection
 CARD = """---
 pipeline_tag: text-generation
 tags: [pruned, secateur, vllm]
@@ -38,7 +42,7 @@ tags: [pruned, secateur, vllm]
 
 # {name}, {parameters:,} parameters
 
-Pruned with Secateur, layers of unequal width, in the nemotron-nas layout of vLLM:
+Pruned with Secateur, in the nemotron-nas layout of vLLM, which has a place for layers of unequal width:
 
     vllm serve FOLDER --trust-remote-code
 
@@ -105,25 +109,52 @@ def export_vllm(
 ) -> VllmExport:
     """Write a checkpoint that vLLM serves.
 
-    A model with the same widths in every layer is saved like any other. One whose layers differ in width is written
-    in the nemotron-nas layout, with the query heads of every layer filled up to a common count.
+    A model with the same widths in every layer is saved like any other, if vLLM's class of that name takes them. One
+    whose layers differ in width is written in the nemotron-nas layout, with the query heads of every layer filled up to
+    a common count.
 
     Raises:
         CheckpointError: vLLM has no layout for the model, or the folder is in use.
     """
-    import transformers
-
     output = Path(output)
-    if is_per_layer(model):
+    if layout_for(model) != STOCK_LAYOUT:
         return _export_nas(model, output, tokenizer, overwrite)
-    if getattr(transformers, type(model).__name__, None) is not type(model):
-        raise CheckpointError(
-            f"{type(model).__name__} is no class of transformers, and vLLM has no implementation of its own for it; "
-            "serve the checkpoint with transformers"
-        )
     checkpoint.save(model, output, tokenizer=tokenizer, overwrite=overwrite)
     notes = (STOCK.format(folder=output), *vllm_notes(model.config))
-    return VllmExport(output, "transformers", model.num_parameters(), 0, notes)
+    return VllmExport(output, STOCK_LAYOUT, model.num_parameters(), 0, notes)
+
+
+def layout_for(model: PreTrainedModel) -> str:
+    """`transformers` for an ordinary checkpoint, or `nemotron-nas`.
+
+    Raises:
+        CheckpointError: vLLM has no layout for the model.
+    """
+    import transformers
+
+    config, name = model.config, type(model).__name__
+    if is_per_layer(model):
+        if reason := nas_layout.refusal(config):
+            raise CheckpointError(f"vLLM has no layout for this model: {reason}; {INSTEAD}")
+        return NAS_LAYOUT
+    if getattr(transformers, name, None) is not type(model):
+        raise CheckpointError(
+            f"{name} is no class of transformers, and vLLM has no implementation of its own for it; serve the "
+            "checkpoint with transformers"
+        )
+    if config.model_type in NO_OUTPUT_BIAS and config.attention_bias:
+        raise CheckpointError(
+            f"vLLM's {name} has no bias in the output projection of attention, which this model has; serve the "
+            "checkpoint with transformers"
+        )
+    if config.model_type not in HEADS_FILL_HIDDEN or nas_layout.heads_fill_hidden(config):
+        return STOCK_LAYOUT
+    if reason := nas_layout.refusal(config):
+        raise CheckpointError(
+            f"vLLM's {name} has no head_dim, so heads must add up to the hidden size; in the layout that has one, "
+            f"{reason}: serve the checkpoint with transformers"
+        )
+    return NAS_LAYOUT
 
 
 def _export_nas(
@@ -131,8 +162,6 @@ def _export_nas(
 ) -> VllmExport:
     from huggingface_hub import save_torch_state_dict
 
-    if reason := nas_layout.refusal(model.config):
-        raise CheckpointError(f"vLLM has no layout for this model: {reason}; {INSTEAD}")
     fields = nas_layout.layout_of(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     tensors, padded = nas_layout.tensors_of(model)
     parameters = sum(tensor.numel() for tensor in tensors.values())
@@ -150,7 +179,7 @@ def _export_nas(
     notes = [NAS.format(folder=output)]
     if padded:
         notes.append(f"{padded:,} parameters are padding: every layer has {heads} query heads in this layout")
-    return VllmExport(output, "nemotron-nas", parameters, padded, (*notes, *vllm_notes(model.config)))
+    return VllmExport(output, NAS_LAYOUT, parameters, padded, (*notes, *vllm_notes(model.config)))
 
 
 def _read_back(model: PreTrainedModel, folder: Path) -> None:

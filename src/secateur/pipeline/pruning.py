@@ -15,13 +15,14 @@ from secateur.checkpoint import BUNDLED, Checkpoint, output_folder
 from secateur.config import PruneSettings, Recipe
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, PlanError, StreamingError
-from secateur.export import plainest, tiers
+from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Random, Taylor
 from secateur.methods import llm_pruner
 from secateur.pipeline.results import (
     Clock,
     Results,
     add_perplexity,
+    class_note,
     header,
     load_model,
     needs_tokenizer,
@@ -30,6 +31,7 @@ from secateur.pipeline.results import (
 )
 from secateur.plan import PruningPlan
 from secateur.surgery import pad, slice
+from secateur.surgery.per_layer import is_per_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,6 +51,8 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     wanted = recipe.prune
     if plan is None and wanted.param_sparsity is None and wanted.unit_sparsity is None and not wanted.kind_ratios:
         raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
+    if wanted.tier == "depth" and plan is None and wanted.mode != "layer-wise" and "layer" not in (wanted.kinds or ()):
+        raise PlanError("the tier depth drops whole layers, and these settings none: add --mode layer-wise")
     if plan is not None and (place := _to_stream(recipe)):
         try:
             return _stream(recipe, place, output, plan, overwrite)
@@ -64,7 +68,8 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         clock.begin("evaluate_dense")
         add_perplexity(results, "dense", source, source.model, recipe.evaluation)
         small, used = _cut(source, recipe, plan, clock, results)
-        small = in_tier(small, wanted.tier, results)
+        small = in_tier(small, wanted.tier, source, results)
+        results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
         clock.begin("evaluate_pruned")
         add_perplexity(results, "pruned", source, small, recipe.evaluation)
         clock.end()
@@ -103,6 +108,10 @@ def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bo
         results["perplexity"] = {}
         sparsity = round(1 - report.pruned / report.dense, 6)
         results["params"] = {"dense": report.dense, "pruned": report.pruned, "sparsity": sparsity}
+        found = tiers(report.model, dense_layers=layers_of(report.source))
+        written = "per-layer" if is_per_layer(report.model) else found[0].name
+        results["tier"] = {"chosen": written, "tiers": [t.to_json() for t in found]}
+        results["class"] = {"name": type(report.model).__name__, "note": class_note(report.source, report.model)}
         results |= {"surgery": "streaming", "streaming": report.to_json()}
         results["timing"], results["memory"] = clock.seconds, peak_memory()
         used = PruningPlan(replayed.kept, replayed.units, {**replayed.provenance, **results["protocol"]})
@@ -125,14 +134,21 @@ def _cut(
     return result.model, result.plan
 
 
-def in_tier(small: PreTrainedModel, wanted: str, results: Results) -> PreTrainedModel:
-    """The model in the form asked for, `auto` being the plainest that loses nothing; what each would cost is noted."""
-    found = tiers(small)
-    chosen = next((t for t in found if t.name == wanted), plainest(found))
+def in_tier(small: PreTrainedModel, wanted: str, source: Checkpoint, results: Results) -> PreTrainedModel:
+    """The model in the form asked for, `auto` being the plainest that loses nothing; what each would cost is noted.
+
+    Raises:
+        PlanError: it cannot take that form.
+    """
+    found = tiers(small, source.tokenizer, dense_layers=layers_of(source.model))
+    named = {tier.name: tier for tier in found} | {"auto": plainest(found), "uniform": found[0]}
+    if wanted not in named:
+        raise PlanError(f"the tier {wanted} is not possible: no whole layer went; remove some with --mode layer-wise")
+    chosen = named["auto"] if named[wanted].reason == NOT_NEEDED else named[wanted]
     if chosen.parameters is None:
         raise PlanError(f"the tier {wanted} is not possible: {chosen.reason}")
     results["tier"] = {"chosen": chosen.name, "tiers": [t.to_json() for t in found]}
-    return pad(small) if chosen.name == "padded" else small
+    return pad(small) if is_per_layer(small) and chosen.name != "per-layer" else small
 
 
 def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:

@@ -21,6 +21,7 @@ from secateur.config import EvaluationSettings, Recipe
 from secateur.data import load_corpus
 from secateur.errors import CheckpointError
 from secateur.evaluation import perplexity
+from secateur.surgery.per_layer import is_per_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,6 +92,17 @@ def header(command: str, source: Checkpoint, recipe: Recipe) -> Results:
             "settings": recipe.prune.model_dump(mode="json", exclude={"calibration"}) if command == "prune" else {},
         },
     }
+
+
+def class_note(before: PreTrainedModel, after: PreTrainedModel) -> str | None:
+    """What to say where a model is saved as another stock class than the one it was; None if it is not."""
+    was: Any = type(before).base if is_per_layer(before) else type(before)  # type: ignore[attr-defined]
+    if is_per_layer(after) or type(after).__name__ == was.__name__:
+        return None
+    return (
+        f"saved as {type(after).__name__}: {was.__name__} refuses these sizes; with the same parameters both compute "
+        "the same, which the logits showed"
+    )
 
 
 def measured(source: Checkpoint, model: PreTrainedModel, settings: EvaluationSettings) -> Iterator[tuple[str, Any]]:

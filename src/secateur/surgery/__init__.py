@@ -5,5 +5,6 @@ from secateur.surgery.masking import mask
 from secateur.surgery.padding import pad
 from secateur.surgery.proof import OFFERED_KINDS, Proof, prove
 from secateur.surgery.slicing import slice
+from secateur.surgery.unpadding import unpad
 
-__all__ = ["OFFERED_KINDS", "Expressible", "Proof", "expressible", "mask", "pad", "prove", "slice"]
+__all__ = ["OFFERED_KINDS", "Expressible", "Proof", "expressible", "mask", "pad", "prove", "slice", "unpad"]

@@ -30,7 +30,7 @@ def lenient_targets(
     for lenient in LENIENT_MODEL_TYPES:
         config_class = CONFIG_MAPPING[lenient]
         known = set(config_class().to_dict()) - set(NOT_ARGUMENTS)
-        if lenient == model_type or any(v not in TRIVIAL for k, v in given.items() if k not in known):
+        if lenient == model_type or not all(_trivial(v) for k, v in given.items() if k not in known):
             continue
         # a default of the lenient class that the other has no field for would change what is computed
         kept = {name: given.get(name) for name in known if name in given or name == "sliding_window"}
@@ -38,3 +38,8 @@ def lenient_targets(
             yield MODEL_FOR_CAUSAL_LM_MAPPING[config_class], config_class(**kept)
         except Exception:  # a class that cannot take these sizes is no alternative
             continue
+
+
+def _trivial(value: Any) -> bool:
+    """Whether a field with this value may be left out; True is not 1."""
+    return any(type(value) is type(other) and value == other for other in TRIVIAL)

@@ -28,6 +28,7 @@ from secateur.surgery.shapes import build_on_meta, shapes_of
 from secateur.surgery.slicing import layer_solver, load_tensors
 from secateur.surgery.state import tied_names
 from secateur.surgery.trial import TOLERANCE
+from secateur.surgery.unloaded import twin_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -36,21 +37,42 @@ Target = tuple["type[PreTrainedModel]", "PreTrainedConfig"]
 Units = Mapping[str, list[Fraction]]  # family -> units in each layer
 
 
+class _OtherLogitsError(PlanError):
+    """A stock class builds the shapes, and zeros are not for it what missing units are."""
+
+
 def pad(model: PreTrainedModel) -> PreTrainedModel:
     """A stock model with the logits of one whose layers differ in width.
+
+    A model on the meta device gives one on the meta device; that its class computes the same with zeros in place of
+    units is then proven on a narrow twin (`unloaded`).
 
     Raises:
         PlanError: all layers have the same widths, or no stock class computes the same with zeros in place of units.
     """
     if not is_per_layer(model):
         raise PlanError(f"{type(model).__name__} is a stock class with the same widths in every layer: nothing to pad")
-    reasons: list[str] = []
+    try:
+        return _padded(model)
+    except SecateurError as error:
+        raise PlanError(f"{type(model).__name__} cannot be padded: {error}") from error
+
+
+def _padded(model: PreTrainedModel) -> PreTrainedModel:
+    """The padded model, by the first layer that tells how.
+
+    Raises:
+        SecateurError: none does; what the first one lacks.
+    """
+    reasons: list[SecateurError] = []
     for values in _layers_as_models(model.config):
         try:
             return _padded_like(model, values)
+        except _OtherLogitsError:  # the others would lead to the same stock model
+            raise
         except SecateurError as error:
-            reasons.append(str(error))
-    raise PlanError(f"{type(model).__name__} cannot be padded: {reasons[0]}")
+            reasons.append(error)
+    raise reasons[0]
 
 
 def _layers_as_models(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
@@ -75,20 +97,29 @@ def _padded_like(model: PreTrainedModel, values: Mapping[str, Any]) -> PreTraine
     """The padded model, its rules found on a uniform model with these values."""
     uniform = build_on_meta(type(model), type(model.config)(**values))
     groups = discover(uniform)
-    solver = layer_solver(uniform, groups)
+    twin = twin_of(uniform, groups) if model.device.type == "meta" else None
+    solver = twin.of_model if twin else layer_solver(uniform, groups)
     rules = _rules(solver, groups, _differing(model.config))
+    if twin is not None:
+        _padded(twin.unequal(set(rules)))
     units = _units_of_layers(model.config, uniform.config, groups, rules)
     wanted = shapes_of(model)
+    compared = False
     for target, config in _targets(model, uniform.config, groups, rules, units):
         whole = build_on_meta(target, config)
         there = discover(whole)
         kept = _kept(there, units, wanted)
         if there.remaining_shapes(kept) | _absent(there, wanted) != _listed(there, wanted):
             continue
+        if twin is not None:
+            return whole
         padded = load_tensors(model, target, config, _scattered(model, there, kept), tied_names(there, {}))
-        if _same_logits(model, padded):
+        if same_logits(model, padded):
             return padded
-    raise PlanError("zeros in place of missing units would change what it computes")
+        compared = True
+    if compared:
+        raise _OtherLogitsError("zeros in place of missing units would change what it computes")
+    raise PlanError("no stock class builds layers that wide with all else the same")
 
 
 def _rules(solver: ConfigSolver, groups: Groups, fields: set[str]) -> dict[str, FieldRule]:
@@ -202,7 +233,8 @@ def _scattered(model: PreTrainedModel, groups: Groups, kept: Kept) -> dict[str, 
     return made
 
 
-def _same_logits(model: PreTrainedModel, padded: PreTrainedModel) -> bool:
+def same_logits(model: PreTrainedModel, padded: PreTrainedModel) -> bool:
+    """Whether the logits of two models agree to rounding on a probe."""
     ids = probe_ids(model)
     try:
         wanted, logits = plain_logits(model, ids), plain_logits(padded, ids)

@@ -19,7 +19,7 @@ from torch import Tensor
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.discovery.setting import quiet_transformers
-from secateur.errors import PlanError, SecateurError, first_line
+from secateur.errors import PlanError, SecateurError, first_line, one_line
 from secateur.groups import Groups, Kept
 from secateur.packed import refuse_packed
 from secateur.plan import PruningPlan
@@ -237,7 +237,7 @@ def fitting(solver: ConfigSolver, kept: Kept) -> Iterator[Fit]:
             reason = reason or str(error)
             continue
         except Exception as error:  # configuration classes raise what they like for sizes they refuse
-            reason = reason or f"{type(config).__name__} refuses these sizes: {error}"
+            reason = reason or f"{type(config).__name__} refuses these sizes: {one_line(error)}"
             continue
         if not fits:
             reason = reason or f"{model_class.__name__} builds other shapes than the cut needs"
@@ -285,7 +285,7 @@ def fitting_per_layer(
     except PlanError:
         raise
     except Exception as error:  # classes raise what they like for sizes they refuse
-        raise PlanError(f"{type(model).__name__} refuses these sizes in single layers: {error}") from error
+        raise PlanError(f"{type(model).__name__} refuses these sizes in single layers: {one_line(error)}") from error
     if not fits:
         raise PlanError(f"{model_class.__name__} builds other shapes than the cut needs")
     return model_class, config

@@ -48,6 +48,54 @@ class UnloadedCut:
     scalings: tuple[tuple[Fold, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Twin:
+    """A narrow twin of a model without weights, and what is proven on it.
+
+    Attributes:
+        reference: of the twin.
+        solver: of the twin, its rules proven by logits.
+        of_model: a solver of the model itself, its rules those proven on the twin.
+    """
+
+    reference: Reference
+    solver: ConfigSolver
+    of_model: ConfigSolver
+
+    def unequal(self, families: set[str]) -> PreTrainedModel:
+        """The twin with every other layer narrower in these families.
+
+        Raises:
+            PlanError: no class expresses that with the right logits.
+        """
+        kept = _sample(self.reference.groups, families, uneven=True)
+        check = LogitCheck(self.reference.model, kept, self.reference)
+        return rebuild_per_layer(self.reference.model, self.reference.groups, self.solver, kept, check)
+
+    def proves(self, rule: FieldRule) -> bool:
+        return _as_proven(rule, self.solver) == rule
+
+
+def twin_of(uniform: PreTrainedModel, groups: Groups) -> Twin:
+    """A twin of a model on the meta device whose layers have the same widths.
+
+    Raises:
+        PlanError: none could be made.
+    """
+    reference = Reference(narrow_twin(uniform, groups))
+    solver = checked_solver(reference.model, reference.groups, reference)
+    cached = RuleCache(uniform, groups)
+    of_model = ConfigSolver(
+        uniform,
+        groups,
+        lambda rule, _: _as_proven(rule, solver),
+        cached.load(),
+        trial_run(uniform, groups),
+        cached.save,
+    )
+    return Twin(reference, solver, of_model)
+
+
 def unloaded_cut(model: PreTrainedModel, groups: Groups, kept: Kept) -> UnloadedCut:
     """The cut of a model on the meta device, proven on a narrow twin.
 
@@ -56,31 +104,20 @@ def unloaded_cut(model: PreTrainedModel, groups: Groups, kept: Kept) -> Unloaded
     """
     uniform = skeleton(model) if is_per_layer(model) else model
     of_uniform = groups if uniform is model else discover(uniform)
-    reference = Reference(narrow_twin(uniform, of_uniform))
-    twin = checked_solver(reference.model, reference.groups, reference)
-    cached = RuleCache(uniform, of_uniform)
-    solver = ConfigSolver(
-        uniform,
-        of_uniform,
-        lambda rule, _: _as_proven(rule, twin),
-        cached.load(),
-        trial_run(uniform, of_uniform),
-        cached.save,
-    )
+    twin = twin_of(uniform, of_uniform)
+    reference, solver = twin.reference, twin.of_model
     families = {groups.named(name).family for name in kept}
     if is_per_layer(model) or layers_differ(groups, kept):
         model_class, config = fitting_per_layer(model, groups, solver, kept)
-        sample = _sample(reference.groups, families, uneven=True)
-        check = LogitCheck(reference.model, sample, reference)
-        rebuild_per_layer(reference.model, reference.groups, twin, sample, check)
-        if all(_as_proven(rule, twin) == rule for f in families if (rule := solver.rule(f))):
+        twin.unequal(families)
+        if all(twin.proves(rule) for f in families if (rule := solver.rule(f))):
             return UnloadedCut(build_on_meta(model_class, config))
     else:
         sample = _sample(reference.groups, families)
         check = LogitCheck(reference.model, sample, reference)
-        right = {type(small) for small in candidates(reference.model, twin, sample) if check.same(small)}
+        right = {type(small) for small in candidates(reference.model, twin.solver, sample) if check.same(small)}
         for model_class, config, rules in fitting(solver, kept):
-            if model_class in right and all(_as_proven(rule, twin) == rule for rule, _ in rules):
+            if model_class in right and all(twin.proves(rule) for rule, _ in rules):
                 return UnloadedCut(build_on_meta(model_class, config), _scalings(model, model_class, config, rules))
     raise PlanError(f"no class gives the right logits on a small {type(model).__name__} cut in the same kinds")
 
