@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from secateur.allocation import Budget, allocate, max_sparsity
-from secateur.allocation.families import Limits, select_families
+from secateur.allocation.families import select_families
+from secateur.allocation.limits import Limits
 from secateur.allocation.ranking import rank
 from secateur.allocation.size import parameters_left
 from secateur.errors import BudgetError, NonFiniteError, PlanError, SecateurError
@@ -479,6 +480,8 @@ FFN_0 = "model.layers.0.mlp/ffn_channel"
         ({}, {"uniform": False, "protect_first": -1}, BudgetError, "cannot be negative"),
         ({}, {"uniform": False, "layer_ratios": {7: 0.5}}, BudgetError, "names layer 7"),
         ({}, {"uniform": False, "layer_ratios": {1: 1.0}}, BudgetError, "share of 1.0 in layer 1"),
+        ({}, {"kind_ratios": {"kv_group": 0.5}}, BudgetError, "kind kv_group, which is not among those"),
+        ({}, {"kind_ratios": {"ffn_channel": 1.0}}, BudgetError, r"ffn_channel=1: the share .* must lie in \[0, 1\)"),
         ({}, {"round_to": 0}, BudgetError, "round_to is 0"),
         ({}, {"ranking": "best"}, BudgetError, "'local' or 'global'"),
     ],
@@ -497,3 +500,34 @@ def test_layers_that_differ_already_need_per_layer_output():
     with pytest.raises(BudgetError, match="layers differ already"):
         allocate(groups, scores, Budget(0.1))
     assert allocate(groups, scores, Budget(0.1), uniform=False).kept
+
+
+def test_a_share_of_a_kind_is_rounded_to_the_nearest_count_that_the_class_can_express():
+    groups = llama_groups(ffn=20)
+    scores = random_scores(groups, ["ffn_channel"])
+    plan = allocate(groups, scores, None, kind_ratios={"ffn_channel": 0.5}, feasible=lambda _, count: count in (4, 13))
+    assert {len(k) for k in plan.kept.values()} == {13}
+
+
+def test_the_share_reached_of_each_kind_is_told():
+    groups = llama_groups(layers=4, ffn=20, kv=6, rep=1)
+    budget = Budget(0.3)
+    plan = allocate(groups, random_scores(groups, BLOCK_KINDS), budget, kind_ratios={"kv_group": 0.25})
+    report = plan.provenance["allocation"]
+    told = report["shares"]
+    assert told["kv_group"] == {"asked": 0.25, "units": 24, "removed": 4, "share": 0.166667, "parameters": 4 * 48}
+    gone = sum(removed_count(plan, g) for g in groups.of_kinds(["ffn_channel"]))
+    assert told["ffn_channel"]["asked"] is None and told["ffn_channel"]["removed"] == gone > 0
+    assert sum(t["parameters"] for t in told.values()) == report["parameters"] - report["parameters_left"]
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_what_lies_in_removed_layers_does_not_count_towards_a_share(uniform):
+    groups = llama_groups(layers=4, ffn=10)
+    kinds = ["layer", "ffn_channel"]
+    ratios = {"layer": 0.5, "ffn_channel": 0.2}
+    plan = allocate(groups, random_scores(groups, kinds), None, kind_ratios=ratios, uniform=uniform)
+    told = plan.provenance["allocation"]["shares"]
+    facts = {kind: (t["units"], t["removed"], t["share"]) for kind, t in told.items()}
+    assert facts == {"layer": (4, 2, 0.5), "ffn_channel": (20, 4, 0.2)}
+    assert told["ffn_channel"]["parameters"] == 4 * 3 * 6

@@ -77,7 +77,7 @@ def test_speeds_follow_from_the_medians_and_the_protocol():
     assert m.macs_per_token == m.prefill_macs / 8
     for spread in (m.prefill_s, m.decode_s):
         assert 0 < spread.q1 <= spread.median <= spread.q3
-    assert m.peak_memory_bytes is None
+    assert m.peak_memory_bytes is None and m.kv_cache
     assert (found.against, found.ratios) == (None, None)
     protocol = found.protocol
     assert {k: protocol[k] for k in FAST} == FAST

@@ -59,6 +59,7 @@ def test_recover_keeps_the_adapter_and_eval_takes_it(secateur, pruned, text_file
     )  # fmt: skip
     assert code == 0, err
     assert "recovered" in out and not (tmp_path / "recovered.work").exists()
+    assert "- step 1 of 2: loss " in err and "- step 2 of 2: loss " in err and "'loss'" not in out + err
     results = json.loads((output / "results.json").read_text())
     code, *_ = secateur("eval", pruned, "--adapter", output / "adapter", "--text", text_file, "--seq-len", 128,
                         "--json", tmp_path / "e.json")  # fmt: skip
@@ -81,14 +82,27 @@ def test_prune_and_recover_in_one_command(secateur, checkpoint_folder, text_file
 
 def test_kinds_by_name_with_a_share_of_their_own(secateur, checkpoint_folder, text_file, tmp_path):
     flags = ["--calibration", text_file, "--samples", 4, "--seq-len", 32, "--kinds", "ffn_channel,kv_group=0.34"]
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", 0.3, *flags)
+    code, out, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", 0.3, *flags)
     assert code == 0, err
+    assert "34.00% of kv_group was asked for, and 33.33% is the nearest that can go" in out
+    told = json.loads((tmp_path / "o" / "results.json").read_text())["kinds"]
+    assert told["kv_group"] == {"asked": 0.34, "units": 9, "removed": 3, "share": 0.333333, "parameters": 3 * 48 * 48}
+    assert told["ffn_channel"]["asked"] is None and told["ffn_channel"]["removed"] > 0
     config = json.loads((tmp_path / "o" / "config.json").read_text())
     assert config["num_key_value_heads"] == 2 and config["intermediate_size"] < 96
     params = json.loads((tmp_path / "o" / "results.json").read_text())["params"]
     assert abs(params["sparsity"] - 0.3) * params["dense"] <= 3 * 3 * 48
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "p", "--kinds", "kv_group=x")
-    assert code == 2 and "is no number" in err
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [("kv_group=x", "is no number"), ("kv_group=1.5", "kv_group=1.5: the share of units to remove must lie in [0, 1)"),
+     ("kv_group=-0.1", "kv_group=-0.1: the share"), ("kv_group,kv_group=0.2", "names a kind again"),
+     ("=0.2", "names no kind"), ("kv_group", "say how much to remove")],
+)  # fmt: skip
+def test_kinds_that_make_no_sense(secateur, checkpoint_folder, tmp_path, kinds, message):
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "p", "--kinds", kinds)
+    assert code == 2 and err.startswith("error: ") and message in err
 
 
 def test_a_plan_is_replayed_exactly(secateur, checkpoint_folder, pruned, tmp_path):
@@ -199,6 +213,7 @@ BAD = {
     "short text": (["--sparsity", "0.2", "--calibration", "{short}", "--seq-len", "64"], "fewer than one window"),
     "no field": (["--sparsity", "0.2", "--calibration", "{fields}"], "no field 'text'"),
     "unknown criterion": (["--sparsity", "0.2", "--criterion", "l3"], "prune.criterion"),
+    "no such kind": (["--sparsity", "0.2", "--kinds", "ffn_channel,bogus"], "this model offers"),
     "no plan": (["--plan", "nothing.json"], "cannot read the plan"),
     "foreign plan": (["--plan", "{plan}"], "another model"),
     "protected uniform": (["--sparsity", "0.2", "--calibration", "{good}", "--protect-first", "1"], "per-layer"),
@@ -252,6 +267,14 @@ def test_bad_models(secateur, checkpoint_folder, tmp_path, what):
     assert code == 2 and err.count("error: ") == 1 and "Traceback" not in err and not output.exists()
 
 
+def test_a_calibration_text_that_cannot_be_had_is_told_before_anything_is_measured(
+    secateur, checkpoint_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("secateur.pipeline.pruning.add_perplexity", None)
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", "0.2")
+    assert code == 2 and "bookcorpus" in err and "--calibration FILE" in err and not list(tmp_path.iterdir())
+
+
 def test_an_output_in_use_is_left_alone(secateur, checkpoint_folder, tmp_path):
     (tmp_path / "keep").write_text("1")
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path, "--sparsity", "0.2")
@@ -275,8 +298,16 @@ def test_nothing_else_is_heard(tmp_path):
     assert "parameters" in done.stdout and not done.stderr
 
 
-def test_examples_run(tmp_path):
+def test_where_no_one_watches_no_bars_are_drawn(checkpoint_folder, text_file):
+    """In a process of its own: other libraries read their settings when they are imported."""
+    command = "import sys; from secateur import cli; cli.main(); assert 'transformers' in sys.modules"
+    arguments = ["eval", checkpoint_folder, "--text", text_file, "--seq-len", "128"]
+    done = subprocess.run([sys.executable, "-c", command, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0 and "perplexity" in done.stdout, done.stderr
+    assert "it/s" not in done.stderr and "%|" not in done.stderr
 
+
+def test_examples_run(tmp_path):
     examples = Path(__file__).parents[1] / "examples"
     for script in sorted(examples.glob("0*.py")):
         arguments = ["demo", str(tmp_path / "o")] if "02" in script.name else []

@@ -3,6 +3,9 @@
 import gzip
 import json
 import lzma
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -108,3 +111,35 @@ def test_papers_texts_are_read_as_they_are():
     ptb = load_corpus(SHARED / "ptb" / "ptb.valid.txt.xz")
     assert len(ptb.rows) == 3370 and not ptb.rows[0].endswith((" ", "\n"))
     assert load_corpus(SHARED / "alpaca" / "alpaca_14k.jsonl.gz").is_instructions
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, answers):
+    """`load_dataset` would go on for 24 s."""
+    import datasets
+    from huggingface_hub import constants
+
+    asked = []
+
+    def load_dataset(*arguments, **_):
+        asked.append(arguments)
+        raise RuntimeError("dataset scripts are no longer supported\nand more lines")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:  # which answers 501 to everything
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        if answers:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        else:
+            server.server_close()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        begin = time.perf_counter()
+        words = "RuntimeError: dataset scripts are no longer supported;" if answers else f"no answer from {endpoint}"
+        with pytest.raises(DataError, match=words):
+            load_corpus("bookcorpus")
+        assert time.perf_counter() - begin < 5 and bool(asked) == answers
+        if answers:
+            server.shutdown()

@@ -18,7 +18,7 @@ from secateur.importance import CRITERIA, leave_one_out, score
 from secateur.importance.taylor import gradients
 from secateur.methods.llm_pruner import LLMPruner, run
 from secateur.plan import PruningPlan
-from secateur.recovery.lora import not_linear, stacked_matrices
+from secateur.recovery.targets import not_linear, stacked_matrices
 from secateur.surgery import mask, slice
 
 COMMON = {

@@ -5,7 +5,7 @@ import torch
 
 from secateur.allocation import Budget
 from secateur.data import calibration_tokens, load_corpus
-from secateur.errors import PlanError
+from secateur.errors import BudgetError, PlanError
 from secateur.evaluation import perplexity
 from secateur.importance import Magnitude, Random, Taylor
 from secateur.methods.llm_pruner import LLMPruner, run
@@ -73,3 +73,36 @@ def test_what_cannot_be_pruned_is_told(tokens):
     assert result.model.config.n_inner < 44
     with pytest.raises(PlanError, match=r"no hidden can be pruned: GPT2Config .*--kinds hidden,attention_head"):
         run(make("gpt2"), [tokens], LLMPruner(Budget(param_sparsity=0.1), Taylor(), mode="channel-wise"))
+
+
+def test_a_kind_asked_for_by_name_must_be_prunable(trained, tokens):
+    def refused(kinds, **settings):
+        with pytest.raises(PlanError) as raised:
+            run(trained, [tokens], LLMPruner(Budget(param_sparsity=0.1), Magnitude(), kinds=kinds, **settings))
+        return str(raised.value)
+
+    told = refused(("ffn_channel", "value_dim"))
+    assert "no value_dim can be pruned: " in told and "no field" in told
+    assert told.count("model.layers.*.self_attn/value_dim") == 1
+    told = refused(("ffn_channel", "bogus"))
+    assert "the model has no bogus" in told
+    offered = told.split("; this model offers, with the same widths in every layer: ")[1].split(", ")
+    assert set(offered) == {"ffn_channel", "kv_group", "query_head", "hidden", "layer"}
+    assert "sublayer" in refused(("bogus",), uniform=False)
+    settings = LLMPruner(Budget(param_sparsity=0.1), Magnitude(), kind_ratios={"bogus": 0.5})
+    with pytest.raises(PlanError, match="the model has no bogus"):
+        run(trained, [tokens], settings)
+
+
+def test_a_share_of_a_kind_besides_those_of_the_mode(trained, tokens):
+    settings = LLMPruner(Budget(param_sparsity=0.3), Magnitude(), kind_ratios={"hidden": 0.25})
+    model = run(trained, [tokens], settings).model
+    assert model.config.hidden_size == 36 and model.config.intermediate_size < 96
+
+
+@pytest.mark.parametrize("share", [1.5, 1.0, -0.1, float("nan")])
+def test_shares_out_of_range_are_refused(share):
+    with pytest.raises(BudgetError, match=rf"ffn_channel={share:g}: the share of units .* \[0, 1\)"):
+        LLMPruner(None, Magnitude(), kind_ratios={"ffn_channel": share})
+    with pytest.raises(BudgetError, match="not among the kinds to prune"):
+        LLMPruner(None, Magnitude(), kinds=("kv_group",), kind_ratios={"ffn_channel": 0.5})

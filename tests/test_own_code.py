@@ -97,6 +97,19 @@ def test_prune_recover_and_eval_with_the_code_carried_along(folder, text_file, s
     assert again.num_parameters() == results["params"]["pruned"]
 
 
+def test_bench_generates_without_a_cache_where_transformers_can_make_none(folder, secateur, tmp_path, monkeypatch):
+    """Its configuration has no `num_hidden_layers`."""
+    flags = ["--prompt-length", 6, "--new-tokens", 3, "--repetitions", 1, "--trust-remote-code"]
+    code, _, err = secateur("bench", folder, "--against", folder, *flags, "--json", tmp_path / "b.json")
+    assert code == 0, err
+    found = json.loads((tmp_path / "b.json").read_text())["benchmark"]
+    assert found["model"]["kv_cache"] is False and found["model"]["decode_s"]["median"] > 0
+    assert found["ratios"]["parameters"] == 1 and "kv_cache" not in found["ratios"]
+    monkeypatch.setattr("transformers.generation.GenerationMixin.generate", property())
+    code, _, err = secateur("bench", folder, *flags)
+    assert code == 2 and "TinyFusedForCausalLM cannot generate" in err
+
+
 def test_widths_that_differ_by_layer_are_refused(folder):
     model = checkpoint.load(folder, trust_remote_code=True).model
     names = {f"blocks.{i}/ffn_channel": 44 for i in range(2)}

@@ -75,6 +75,22 @@ def test_what_is_no_plan_is_refused(text):
         PruningPlan.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("", "it is empty"), ('{"schema": 1,', "cut short .*line 1, column 14"),
+     ('{"model_type": "llama"}', "lacks `schema`"),
+     ('{"schema": 1, "groups": {"a": []}}', 'group a is \\[\\], where {"units"'),
+     ('{"schema": 1, "groups": {}, "provenance": []}', "provenance")],
+)  # fmt: skip
+def test_a_file_that_is_no_plan_is_named_with_what_was_expected(tmp_path, content, words):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(PlanError, match=f"the plan .*config.json is not a pruning plan: .*{words}"):
+        PruningPlan.load(file)
+    with pytest.raises(PlanError, match=f"{tmp_path}: it is a folder; give the file"):
+        PruningPlan.load(tmp_path)
+
+
 @given(st.data())
 def test_what_is_left_agrees_with_element_masks(data):
     groups = llama_groups(fused=data.draw(st.booleans()))

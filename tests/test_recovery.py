@@ -5,15 +5,17 @@ import json
 
 import pytest
 import torch
+import zoo
 from conftest import story
 from families import make
 from peft import PeftModel
 
 from secateur.data import load_corpus
-from secateur.errors import DataError, NonFiniteError
+from secateur.errors import DataError, NonFiniteError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.recovery import RecoverySettings, recover
 from secateur.recovery.examples import IGNORED, instruction_example, training_examples
+from secateur.recovery.lora import adapters
 
 QUICK = RecoverySettings(
     steps=8, batch_size=4, micro_batch_size=2, seq_len=32, learning_rate=5e-3, dropout=0.0, save_every=4
@@ -106,6 +108,35 @@ def test_conv1d_models_and_untied_heads(tokenizer, corpus, tmp_path):
             recover(model, tokenizer, [corpus], settings, tmp_path / family).model.num_parameters()
             == model.num_parameters()
         )
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "jamba", "qwen3_moe", "falcon", "zamba2"])
+def test_adapters_go_where_merging_them_changes_nothing(model_type, tmp_path):
+    """Not on weights that the module around them reads (Mamba, Jamba), nor on shared ones (Zamba); but on dense layers
+    that peft takes for experts (Qwen3-MoE), and on linear modules with a forward pass of their own (Falcon)."""
+    model = zoo.tiny_model(model_type)
+    adapted = adapters(model, RecoverySettings(rank=2)).eval()
+    factors = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
+    with torch.no_grad():
+        for factor in factors.values():
+            factor.normal_(std=0.5)
+    ids = torch.arange(3, 19).view(2, 8)
+    wanted = adapted(ids, use_cache=False).logits
+    assert (wanted - model(ids, use_cache=False).logits).abs().max() > 0.1
+    if model_type == "qwen3_moe":
+        adapted_layers = {".".join(n.split(".")[4:7]) for n in factors if ".layers.0.mlp." in n}
+        assert adapted_layers == {"0.mlp.gate_proj", "0.mlp.up_proj", "0.mlp.down_proj"}
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
+    for found in (loaded, adapted.merge_and_unload()):
+        torch.testing.assert_close(found(ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_targets_that_cannot_be_adapted_are_refused():
+    with pytest.raises(RecipeError, match=r"layers\.\d+\.mamba\.dt_proj cannot carry an adapter"):
+        adapters(zoo.tiny_model("jamba"), RecoverySettings(targets=["q_proj", "dt_proj"]))
+    with pytest.raises(RecipeError, match="--targets nowhere: peft refuses: Target modules"):
+        adapters(make("llama"), RecoverySettings(targets=["nowhere"]))
 
 
 def test_too_little_text_and_broken_losses(damaged, tokenizer, corpus, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -50,7 +50,7 @@ class PruneSettings(Section):
     unit_sparsity: float | None = Field(None, ge=0, lt=1)
     mode: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
     kinds: tuple[str, ...] = ()
-    kind_ratios: dict[str, float] = {}
+    kind_ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
     criterion: Literal["random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed"] = "taylor-1"
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     ranking: Literal["local", "global"] = "local"

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secateur.errors import DataError
+from secateur.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +36,7 @@ KNOWN: dict[str, tuple[str, str | None, str, str | None]] = {
     "bookcorpus": ("bookcorpus/bookcorpus", None, "train", "text"),
     "alpaca": ("yahma/alpaca-cleaned", None, "train", None),
 }
+HUB_TIMEOUT = 10.0  # seconds
 INSTRUCTION_FIELDS = ("instruction", "output")
 Row = str | Mapping[str, str]
 
@@ -164,15 +165,37 @@ def _from_hub(name: str, field: str | None, limit: int | None) -> Corpus:
 
     repository, configuration, split, known_field = KNOWN[name]
     try:
+        _reach_hub(repository)
         data = load_dataset(repository, configuration, split=f"{split}[:{limit}]" if limit else split)
     except Exception as error:  # offline, gone, or gated: the remedy is the same
         raise DataError(
-            f"{name} ({repository}) cannot be loaded from the hub: {type(error).__name__}; "
+            f"{name} ({repository}) cannot be loaded from the hub: {type(error).__name__}: {first_line(error)}; "
             "give a local text file instead"
         ) from error
     rows = _records([dict(r) for r in data], field or known_field, repository)
     digest = hashlib.sha256("\0".join(map(str, rows)).encode()).hexdigest()
     return Corpus(name, tuple(rows), digest, f"{repository}/{configuration or ''}/{split}")
+
+
+def _reach_hub(repository: str) -> None:
+    """Ask the hub for a data set once: `load_dataset` would try for half a minute before it says that nobody answers.
+
+    Raises:
+        ConnectionError: nobody does. Not where offline mode is set, in which what is cached is used.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if is_offline_mode():
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(repository, "README.md", repo_type="dataset"), timeout=HUB_TIMEOUT)
+    except HfHubHTTPError:
+        return  # an answer; what it means, `load_dataset` tells
+    except Exception as error:  # of the HTTP library, which is not the same one in all versions
+        raise ConnectionError(
+            f"no answer from {constants.ENDPOINT} ({first_line(error)}); with HF_HUB_OFFLINE=1 a cached copy is used"
+        ) from error
 
 
 def calibration_tokens(

@@ -142,21 +142,39 @@ class PruningPlan:
         return json.dumps({"schema": SCHEMA, "provenance": dict(self.provenance), "groups": groups}, indent=1) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> PruningPlan:
+    def from_json(cls, text: str, origin: str = "the text") -> PruningPlan:
         """The inverse of `to_json`.
+
+        Args:
+            origin: what the text is, for messages.
 
         Raises:
             PlanError: the text is not a plan.
         """
+        no_plan, wanted = f"{origin} is not a pruning plan", "expected the plan.json that `secateur prune` writes"
+        if not text.strip():
+            raise PlanError(f"{no_plan}: it is empty; {wanted}")
         try:
             data = json.loads(text)
-            if data["schema"] != SCHEMA:
-                raise PlanError(f"plan schema {data['schema']} is unknown; this version reads schema {SCHEMA}")
-            kept = {name: parse_ranges(entry["kept"]) for name, entry in data["groups"].items()}
-            units = {name: int(entry["units"]) for name, entry in data["groups"].items()}
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"not a pruning plan: {type(error).__name__}: {error}") from error
-        return cls(kept, units, data.get("provenance", {}))
+        except json.JSONDecodeError as error:
+            place = f"line {error.lineno}, column {error.colno}"
+            raise PlanError(f"{no_plan}: no JSON, or cut short ({error.msg}, {place}); {wanted}") from error
+        if not isinstance(data, dict) or not isinstance(data.get("groups"), dict) or "schema" not in data:
+            raise PlanError(f"{no_plan}: it lacks `schema` and `groups`; {wanted}")
+        if data["schema"] != SCHEMA:
+            raise PlanError(f"{origin} has plan schema {data['schema']}; this version of Secateur reads {SCHEMA}")
+        kept: dict[str, tuple[int, ...]] = {}
+        units: dict[str, int] = {}
+        for name, entry in data["groups"].items():
+            try:
+                kept[name], units[name] = parse_ranges(entry["kept"]), int(entry["units"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                example = '{"units": 8, "kept": "0-2,5"}'
+                raise PlanError(f"{no_plan}: group {name} is {entry!r}, where {example} shows the form") from error
+        provenance = data.get("provenance", {})
+        if not isinstance(provenance, dict):
+            raise PlanError(f"{no_plan}: its `provenance` is no mapping; {wanted}")
+        return cls(kept, units, provenance)
 
     def save(self, path: Path | str) -> None:
         Path(path).write_text(self.to_json(), encoding="utf-8")
@@ -168,8 +186,10 @@ class PruningPlan:
         Raises:
             PlanError: the file is missing or is not a plan.
         """
+        if Path(path).is_dir():
+            raise PlanError(f"cannot read the plan {path}: it is a folder; give the file, such as {path}/plan.json")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read the plan {path}: {error}") from error
-        return cls.from_json(text)
+        return cls.from_json(text, f"the plan {path}")

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from secateur.allocation.families import Family, Feasible, Limits, select_families
+from secateur.allocation.families import Family, select_families
+from secateur.allocation.limits import Feasible, Limits, check_shares
 from secateur.allocation.ranking import RankingName, rank
+from secateur.allocation.report import provenance
 from secateur.allocation.size import Size, parameters_left, units_left
 from secateur.errors import BudgetError
 from secateur.groups import Groups, IndexArray
@@ -19,7 +21,7 @@ from secateur.plan import PruningPlan
 if TYPE_CHECKING:
     from secateur.allocation.families import Scores
 
-__all__ = ["Budget", "allocate", "max_sparsity"]
+__all__ = ["Budget", "allocate", "check_shares", "max_sparsity"]
 
 
 @dataclass(frozen=True)
@@ -75,25 +77,16 @@ def allocate(
     Args:
         groups: all groups of the model; refused ones are never touched.
         scores: group name -> importance of each unit, [units], higher = keep.
-        budget: how much to remove.
+        budget: how much to remove; may be None if `kind_ratios` says it for every kind.
         kinds: kinds of groups to cut; default: those that `scores` contains.
         ranking: `local` removes the same share of every group; `global` removes the units with the least importance
             per parameter wherever they are (see `secateur.allocation.ranking.rank` for why per parameter).
-        uniform: every layer keeps the same number of units of each kind, which ones may differ; what stock model
-            classes load. Under global ranking the k-th least important units of all layers then go together.
-        round_to: FFN channels and hidden dimensions that are cut keep a multiple of this.
-        protect_first, protect_last: decoder layers at either end that are not cut (nor removed, nor their sublayers).
-        layer_ratios: layer number -> share of the units of its groups to remove, instead of what the ranking would
-            give it; overrides protection.
-        kind_ratios: kind -> share of the units of its groups to remove; the other kinds meet the budget, which may be
-            None if there are none.
-        feasible: for uniform output, (family, units kept in every layer) -> whether the model's class can express it;
-            it is taken to express what it is.
-        ties: for uniform output, families that the model's class can only cut by the same share.
-        multiples: family -> a number that the units kept of its groups must be a multiple of, so that the class runs.
+        uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios, feasible, ties, multiples: see
+            `Limits`.
 
     Returns:
-        The plan; its provenance records these arguments and the sparsity reached, under `allocation`.
+        The plan; its provenance records these arguments, the sparsity and the share of each kind reached, under
+        `allocation`.
 
     Raises:
         BudgetError: the budget cannot be reached (the message says what can), a kind has no group to cut, or
@@ -101,41 +94,32 @@ def allocate(
         PlanError: a group to be cut has no scores or the wrong number of them.
         NonFiniteError: a score is NaN or infinite.
     """
+    limits = Limits(
+        uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios or {}, feasible, ties, multiples or {}
+    )
+    kinds = list(dict.fromkeys([groups.named(name).kind for name in scores] if kinds is None else kinds))
+    families, counts = _choose(groups, scores, budget, kinds, ranking, limits)
+    kept = _kept_units(families, counts)
+    if not uniform:
+        kept = _without_removed_blocks(groups, kept)
+    units = {name: groups.named(name).units for name in kept}
+    made = provenance(groups, families, kept, budget.as_dict() if budget else None, kinds, ranking, limits)
+    return PruningPlan(kept, units, {"allocation": made})
+
+
+def _choose(
+    groups: Groups, scores: Scores, budget: Budget | None, kinds: Sequence[str], ranking: RankingName, limits: Limits
+) -> tuple[Sequence[Family], IndexArray]:
+    """The families to be cut and the steps that each keeps; arguments and errors as for `allocate`."""
     if ranking not in ("local", "global"):
         raise BudgetError(f"ranking is {ranking!r}; expected 'local' or 'global'")
-    kind_ratios = kind_ratios or {}
-    limits = Limits(
-        uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios, feasible, ties, multiples or {}
-    )
-    if kinds is None:
-        kinds = [groups.named(name).kind for name in scores]
-    kinds = list(dict.fromkeys(kinds))
     families: Sequence[Family] = select_families(groups, scores, kinds, limits)
     size = parameters_left(groups, families)
     families, counts = _expressible_counts(
         families, limits, lambda choice: _counts(budget, ranking, choice, size, groups.total_parameters)
     )
-    kept = _kept_units(families, counts)
-    if not uniform:
-        kept = _without_removed_blocks(groups, kept)
-    left = groups.remaining_parameters(kept)
-    assert left == size.at(counts)
-    provenance = {
-        "budget": budget.as_dict() if budget else None,
-        "kinds": list(kinds),
-        "ranking": ranking,
-        "uniform": uniform,
-        "round_to": round_to,
-        "protect_first": protect_first,
-        "protect_last": protect_last,
-        "layer_ratios": {str(layer): share for layer, share in (layer_ratios or {}).items()},
-        "kind_ratios": dict(kind_ratios),
-        "parameters": groups.total_parameters,
-        "parameters_left": left,
-        "sparsity": 1 - left / groups.total_parameters,
-    }
-    units = {name: groups.named(name).units for name in kept}
-    return PruningPlan(kept, units, {"allocation": provenance})
+    assert groups.remaining_parameters(_kept_units(families, counts)) == size.at(counts)
+    return families, counts
 
 
 def max_sparsity(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.allocation.limits import Limits
 from secateur.errors import BudgetError, NonFiniteError, PlanError
 from secateur.groups import Group, Groups, IndexArray
 
@@ -18,44 +19,12 @@ if TYPE_CHECKING:
 
     Scores = Mapping[str, torch.Tensor]
 
-Feasible = Callable[[str, int], bool]
 ROUNDED_KINDS = (
     "ffn_channel",
     "expert_channel",
     "hidden",
 )  # widths of matrices; head counts gain nothing from rounding
 GROUPED_ALIGNMENT = 8  # grouped matrix products want rows of whole 16 bytes, 8 numbers in half precision
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a cut must respect; see `secateur.allocation.allocate` for each."""
-
-    uniform: bool = True
-    round_to: int = 1
-    protect_first: int = 0
-    protect_last: int = 0
-    layer_ratios: Mapping[int, float] | None = None
-    kind_ratios: Mapping[str, float] = field(default_factory=dict)
-    feasible: Feasible | None = None
-    ties: Sequence[Sequence[str]] = ()
-    multiples: Mapping[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.round_to < 1:
-            raise BudgetError(f"round_to is {self.round_to}; expected 1 (no rounding) or more")
-        if self.protect_first < 0 or self.protect_last < 0:
-            raise BudgetError("protect_first and protect_last count layers; they cannot be negative")
-        for layer, share in (self.layer_ratios or {}).items():
-            if not 0 <= share < 1:
-                raise BudgetError(f"layer_ratios asks for a share of {share} in layer {layer}; expected [0, 1)")
-        for kind, share in self.kind_ratios.items():
-            if not 0 <= share < 1:
-                raise BudgetError(f"a share of {share} is to be removed of kind {kind}; expected [0, 1)")
-
-    def expressible(self, family: str, count: int) -> bool:
-        """Whether the model's class can be configured for so many units in every layer."""
-        return not self.uniform or self.feasible is None or self.feasible(family, count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,8 +82,11 @@ class Family:
         gone = self.importance[self.units - self.counts[0] : self.units - self.counts[-1]]
         return np.add.reduceat(gone, self.counts[0] - self.counts[:-1])
 
-    def count_for_share(self, share: float) -> int:
+    def count_for_share(self, share: float, limits: Limits | None = None) -> int:
         """The count closest to losing `share` of the units; of two equally close, the larger.
+
+        Args:
+            limits: if given, only counts that the class can express are chosen from.
 
         Raises:
             BudgetError: even the smallest count misses the share by a whole unit or more.
@@ -125,7 +97,8 @@ class Family:
                 f"a share of {share:g} of {self.name} cannot be removed: {self.counts[-1]} of its {self.units} units "
                 f"must stay, so the largest reachable share is {1 - self.counts[-1] / self.units:.4g}"
             )
-        return int(self.counts[np.argmin(np.abs(self.counts - wanted))])
+        by_distance: list[int] = self.counts[np.argsort(np.abs(self.counts - wanted), kind="stable")].tolist()
+        return next(c for c in by_distance if limits is None or c == self.units or self.expressible(c, limits))
 
 
 def select_families(groups: Groups, scores: Scores | None, kinds: Sequence[str], limits: Limits) -> list[Family]:
@@ -152,7 +125,7 @@ def select_families(groups: Groups, scores: Scores | None, kinds: Sequence[str],
             "sublayers are left out of single layers, which uniform output cannot do; use per-layer output "
             "(uniform=False, --per-layer)"
         )
-    _check_ratios(groups, limits)
+    _check_ratios(groups, kinds, limits)
     chosen = _sets_of_groups(groups, kinds, limits)
     stay = {g.blocks[u] for members in chosen for g in members for u in g.stays}
     return [_family(members, scores, limits, groups, stay) for members in chosen]
@@ -283,11 +256,16 @@ def _with_ratio(family: Family, limits: Limits) -> Family:
         )
     if share is None and not asked:
         return family
-    count = family.count_for_share(asked.pop() if share is None else share)
+    count = family.count_for_share(asked.pop() if share is None else share, limits)
     return replace(family, counts=np.array([count], dtype=np.int64), fixed=True)
 
 
-def _check_ratios(groups: Groups, limits: Limits) -> None:
+def _check_ratios(groups: Groups, kinds: Sequence[str], limits: Limits) -> None:
+    for kind in limits.kind_ratios:
+        if kind not in kinds:
+            raise BudgetError(
+                f"a share is asked of kind {kind}, which is not among those that are cut ({', '.join(kinds)}): add it"
+            )
     layers = {g.layer for g in groups}
     for layer in limits.layer_ratios or {}:
         if layer not in layers:

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from secateur.benchmark.macs import count_macs
-from secateur.errors import DataError
+from secateur.errors import DataError, first_line
 from secateur.packed import refuse_packed
 
 if TYPE_CHECKING:
@@ -66,10 +66,12 @@ class Measurement:
         macs_per_token: the same per prompt token.
         prefill_s: time of one forward pass over the batch of prompts, logits of all positions included.
         prefill_tokens_per_s: prompt tokens of the batch by the median of that time.
-        decode_s: time from one generated token to the next, with KV cache, mean over a generation.
+        decode_s: time from one generated token to the next, mean over a generation; with KV cache if `kv_cache`.
         decode_tokens_per_s: sequences of the batch by the median of that time.
         peak_memory_bytes: weights, and the most that a repetition needed on top; None on a CPU.
         dtype: of the weights.
+        kv_cache: whether generation kept a cache; not for classes that transformers cannot make one for, which read
+            the whole text again for every token.
     """
 
     parameters: int
@@ -83,6 +85,7 @@ class Measurement:
     decode_tokens_per_s: float
     peak_memory_bytes: int | None
     dtype: str
+    kv_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -131,8 +134,8 @@ def bench(
         seed: of the prompts.
 
     Raises:
-        DataError: a length or number is too small, prompt and new tokens exceed a model's positions, the models are on
-            different devices, or weights are quantised.
+        DataError: a length or number is too small, prompt and new tokens exceed a model's positions, a model cannot
+            generate, the models are on different devices, or weights are quantised.
     """
     models = [model] if against is None else [model, against]
     _check(models, prompt_length, new_tokens, batch_size, repetitions, warmup)
@@ -166,11 +169,13 @@ class _Times:
         prefill: seconds of each repetition.
         decode: seconds per token of each repetition.
         extra_memory: the most that any repetition took on top of what was there before [bytes]; None on a CPU.
+        kv_cache: whether generations kept a cache.
     """
 
     prefill: list[float]
     decode: list[float]
     extra_memory: int | None = None
+    kv_cache: bool = True
 
 
 def _check(
@@ -227,21 +232,32 @@ def _run_once(model: PreTrainedModel, prompts: Tensor, new_tokens: int, seen: _T
     begun = _now(device)
     model(prompts, use_cache=True)
     seen.prefill.append(_now(device) - begun)
-    clock = _TokenClock()
-    model.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        pad_token_id=0,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )
+    clock = _generate(model, prompts, new_tokens, seen)
     seen.decode.append((clock.stamps[-1] - clock.stamps[0]) / (len(clock.stamps) - 1))
     if has_peak:
         seen.extra_memory = max(seen.extra_memory or 0, memory.max_memory_allocated(device) - before)
+
+
+def _generate(model: PreTrainedModel, prompts: Tensor, new_tokens: int, seen: _Times) -> _TokenClock:
+    """When each token of a greedy generation was there; whether it kept a cache is noted in `seen`."""
+    for use_cache in (True, False):
+        clock, seen.kv_cache = _TokenClock(), use_cache
+        try:
+            model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                do_sample=False,
+                num_beams=1,
+                use_cache=use_cache,
+                min_new_tokens=new_tokens,
+                max_new_tokens=new_tokens,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
+            return clock
+        except (AttributeError, TypeError, ValueError) as error:  # what transformers needs of a class, some lack
+            reason = first_line(error)
+    raise DataError(f"{type(model).__name__} cannot generate, so its speed cannot be measured: {reason}")
 
 
 class _TokenClock(StoppingCriteria):  # type: ignore[misc]
@@ -279,6 +295,7 @@ def _measurement(model: PreTrainedModel, prompts: Tensor, times: _Times) -> Meas
         decode_tokens_per_s=sequences / decode.median,
         peak_memory_bytes=None if times.extra_memory is None else weights + times.extra_memory,
         dtype=str(model.dtype).removeprefix("torch."),
+        kv_cache=times.kv_cache,
     )
 
 
@@ -287,7 +304,7 @@ def _ratios(model: Measurement, against: Measurement, times: Sequence[_Times]) -
     found: dict[str, float] = {}
     for figure, value in asdict(model).items():
         other = getattr(against, figure)
-        if isinstance(value, int | float) and other:
+        if isinstance(value, int | float) and not isinstance(value, bool) and other:
             found[figure] = value / other
     pairs = {"prefill": [t.prefill for t in times], "decode": [t.decode for t in times]}
     for name, (mine, theirs) in pairs.items():

@@ -19,6 +19,12 @@ __all__ = ["app", "main", "out"]
 
 # What transformers and peft import where it is installed, and which warns of kernels that are not.
 TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
+# What keeps bars and advice of other libraries out of logs; they are read when those are imported. The user's own win.
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,6 +48,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
     try:
         app()
     except SecateurError as error:

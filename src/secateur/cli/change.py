@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -70,21 +70,16 @@ def prune(
 ) -> None:  # fmt: skip
     """Remove a share of the parameters and write a smaller checkpoint."""
     from secateur import pipeline
-    from secateur.errors import BudgetError
 
-    names, ratios = _kinds(kinds)
-    if sparsity is None and plan is None and not (names and set(names) == set(ratios)):
-        raise BudgetError("say how much to remove (--sparsity 0.2) or replay a plan (--plan plan.json)")
+    recovery = {"data": data, "steps": recover_steps} if recover_steps and not no_recover else None
     recipe = recipe_of(
         model,
         {
             "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
             "method": {"name": method},
-            "prune": {
-                "param_sparsity": sparsity,
+            "prune": _budget(sparsity, kinds, plan)
+            | {
                 "mode": mode,
-                "kinds": names or None,
-                "kind_ratios": ratios or None,
                 "criterion": criterion,
                 "reduction": reduction,
                 "ranking": ranking,
@@ -96,44 +91,54 @@ def prune(
                 "round_to": round_to,
                 "protect_first": protect_first,
                 "protect_last": protect_last,
-                "calibration": {
-                    k: v
-                    for k, v in {
-                        "source": calibration,
-                        "field": field,
-                        "samples": samples,
-                        "seq_len": seq_len,
-                    }.items()
-                    if v is not None
-                },
+                "calibration": {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len},
             },
             "evaluation": {"texts": text},
-            **({"recovery": {"data": data, "steps": recover_steps}} if recover_steps and not no_recover else {}),
+            "recovery": recovery,
         },
         seed,
     )
-    results = (
-        pipeline.prune_and_recover(recipe, output, plan=plan, overwrite=overwrite)
-        if recipe.recovery is not None
-        else pipeline.prune(recipe, output, plan=plan, overwrite=overwrite)
-    )
-    print_results(results)
+    job = pipeline.prune_and_recover if recipe.recovery is not None else pipeline.prune
+    print_results(job(recipe, output, plan=plan, overwrite=overwrite))
     out.print(f"written to {output}")
 
 
-def _kinds(text: str | None) -> tuple[list[str], dict[str, float]]:
-    """`a,b=0.25` -> ([a, b], {b: 0.25})."""
+def _budget(sparsity: float | None, kinds: str | None, plan: Path | None) -> dict[str, Any]:
+    """How much of what to remove, in the words of a recipe.
+
+    Raises:
+        BudgetError: nothing says how much.
+    """
     from secateur.errors import BudgetError
 
-    names, ratios = [], {}
-    for part in filter(None, (text or "").split(",")):
-        name, equals, share = part.partition("=")
+    names, ratios = _kinds(kinds)
+    if sparsity is None and plan is None and not (names and set(names) == set(ratios)):
+        raise BudgetError("say how much to remove (--sparsity 0.2) or replay a plan (--plan plan.json)")
+    return {"param_sparsity": sparsity, "kinds": names or None, "kind_ratios": ratios or None}
+
+
+def _kinds(text: str | None) -> tuple[list[str], dict[str, float]]:
+    """`a,b=0.25` -> ([a, b], {b: 0.25}).
+
+    Raises:
+        BudgetError: a kind has no name or is named twice, or its share is no number in [0, 1).
+    """
+    from secateur.allocation import check_shares
+    from secateur.errors import BudgetError
+
+    names: list[str] = []
+    ratios: dict[str, float] = {}
+    for part in (part.strip() for part in (text or "").split(",") if part.strip()):
+        name, equals, share = (piece.strip() for piece in part.partition("="))
+        if not name or name in names:
+            raise BudgetError(f"--kinds {text}: {part!r} {'names a kind again' if name else 'names no kind'}")
         names.append(name)
         if equals:
             try:
                 ratios[name] = float(share)
             except ValueError as error:
                 raise BudgetError(f"--kinds {part}: {share!r} is no number; write {name}=0.25") from error
+    check_shares(ratios)
     return names, ratios
 
 

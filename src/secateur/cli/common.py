@@ -24,13 +24,18 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Field = Annotated[str | None, typer.Option(help="Field of JSON rows that holds the text; `text` if not given.")]
 
 
-def recipe_of(model: str, sections: dict[str, dict[str, Any]], seed: int = 42) -> Any:
-    """A recipe from flags; flags not given keep the recipe's defaults."""
+def recipe_of(model: str, sections: dict[str, Any], seed: int = 42) -> Any:
+    """A recipe from flags; flags not given (None) keep the recipe's defaults."""
     from secateur.config import parse_recipe
 
-    given = {name: {k: v for k, v in values.items() if v is not None} for name, values in sections.items()}
+    given = _given(sections)
     given["model"] = {"source": model, **given.get("model", {})}
     return parse_recipe({**given, "seed": seed})
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    """The values without those that are None, at any depth."""
+    return {k: _given(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 
 def print_results(results: dict[str, Any]) -> None:
@@ -46,6 +51,8 @@ def print_results(results: dict[str, Any]) -> None:
             figures = [f"{p[s]:.3f}" if s in p else "" for s in stages]
             table.add_row(name, str(p["tokens"]), str(p["seq_len"]), *figures)
         out.print(table)
+    if results.get("kinds"):
+        print_kinds(results["kinds"])
     for family, reason in results.get("left_whole", {}).items():
         out.print(f"left whole: {family}: {reason}", soft_wrap=True)
     if "tier" in results:
@@ -59,6 +66,19 @@ def print_results(results: dict[str, Any]) -> None:
         rate = done["bytes_written"] / max(done["seconds"], 1e-9) / 1e6
         out.print(f"cut without loading the model: {done['bytes_written'] / 1e6:,.1f} MB written, {rate:,.0f} MB/s")
         out.print(f"checked: {done['check']}", soft_wrap=True)
+
+
+def print_kinds(kinds: dict[str, Any]) -> None:
+    """What went of each kind, and a line for each share that whole units could not meet."""
+    table = Table("kind", "units", "removed", "share", "asked", "parameters")
+    for kind, k in kinds.items():
+        asked = "" if k["asked"] is None else f"{k['asked']:.2%}"
+        table.add_row(kind, f"{k['units']:,}", f"{k['removed']:,}", f"{k['share']:.2%}", asked, f"{k['parameters']:,}")
+    out.print(table)
+    for kind, k in kinds.items():
+        if k["asked"] is not None and f"{k['share']:.2%}" != f"{k['asked']:.2%}":
+            nearest = f"{k['asked']:.2%} of {kind} was asked for, and {k['share']:.2%} is the nearest that can go"
+            out.print(f"{nearest} (whole units, those that must stay, widths that the model can have)", soft_wrap=True)
 
 
 def print_parity(parity: dict[str, Any]) -> None:

@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from secateur.allocation import Budget, allocate
+from secateur.allocation import Budget, allocate, check_shares
 from secateur.discovery import discover
-from secateur.errors import PlanError
-from secateur.groups import Groups
+from secateur.errors import BudgetError, PlanError
+from secateur.groups import Group, Groups
 from secateur.importance import score
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
-from secateur.surgery import Expressible, expressible, mask, slice
+from secateur.surgery import OFFERED_KINDS, Expressible, expressible, mask, slice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +51,8 @@ class LLMPruner:
     Attributes:
         budget: what must be removed.
         mode: which structures: FFN channels and heads, the hidden dimension, or whole layers.
-        kinds: the kinds to prune instead of the mode's.
+        kinds: the kinds to prune instead of the mode's. Of one that is named here or in `kind_ratios`, something must
+            be prunable; what a mode stands for may stay whole.
         kind_ratios: kind -> share of its units to remove; the other kinds meet the budget.
         criterion: an object or function that `score` accepts.
         reduction: how members' scores become the group's.
@@ -59,6 +60,9 @@ class LLMPruner:
         iterations: steps over which the sparsity grows, scores refreshed in each.
         uniform: the same widths in every layer, so that stock classes load the result.
         layer_choice: for layer-wise mode, `importance`, or the reference's `first` (keep the first ones).
+
+    Raises:
+        BudgetError: a share of `kind_ratios` lies outside [0, 1), or is asked of a kind that `kinds` leaves out.
     """
 
     budget: Budget | None
@@ -76,6 +80,11 @@ class LLMPruner:
     kind_ratios: Mapping[str, float] = field(default_factory=dict)
     layer_choice: Literal["importance", "first"] = "importance"
 
+    def __post_init__(self) -> None:
+        check_shares(self.kind_ratios)
+        if self.kinds and (others := [kind for kind in self.kind_ratios if kind not in self.kinds]):
+            raise BudgetError(f"a share is asked of {others[0]}, which is not among the kinds to prune: add it to them")
+
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -86,7 +95,7 @@ class PruneResult:
         plan: units kept.
         groups: all groups of the original.
         scores: importance per group at the last iteration [units].
-        left_whole: family -> why it was not pruned although the mode names its kind.
+        left_whole: family -> why it was not pruned although its kind was to be.
     """
 
     model: PreTrainedModel
@@ -106,14 +115,17 @@ def run(
         on_step: told the name of each step as it begins: `discover`, `score`, `allocate`, `cut`.
 
     Raises:
-        PlanError: nothing of the mode's kinds can be pruned.
+        PlanError: nothing of the mode's kinds, or of a kind named in the settings, can be pruned.
         BudgetError: the budget is out of reach.
         NonFiniteError: a loss or score is NaN or infinite.
     """
     on_step("discover")
     groups = discover(model)
-    kinds = settings.kinds or kinds_of(settings.mode, groups)
+    kinds = settings.kinds or tuple(dict.fromkeys([*kinds_of(settings.mode, groups), *settings.kind_ratios]))
     can = expressible(model, groups, kinds, uniform=settings.uniform)
+    named = settings.kinds or tuple(settings.kind_ratios)
+    if hopeless := [kind for kind in named if not _chosen(groups, [kind], can)]:
+        raise PlanError(_why_none(hopeless, groups, can) + _offered(model, groups, settings.uniform))
     candidates, left_whole = select(groups, kinds, can)
 
     plan = PruningPlan({}, {})
@@ -148,12 +160,45 @@ def select(groups: Groups, kinds: Sequence[str], can: Expressible) -> tuple[Grou
     Raises:
         PlanError: none can be pruned.
     """
-    left_whole = {g.family: g.refusals[0] for g in groups if g.kind in kinds and not g.prunable} | dict(can.refused)
-    chosen = tuple(g for g in groups.of_kinds(kinds) if g.family not in left_whole)
+    chosen = _chosen(groups, kinds, can)
     if not chosen:
-        reasons = "; ".join(dict.fromkeys(left_whole.values())) or "the model has no such groups"
-        raise PlanError(f"no {' or '.join(kinds)} can be pruned: {reasons}")
-    return replace(groups, groups=chosen), left_whole
+        raise PlanError(_why_none(kinds, groups, can))
+    return replace(groups, groups=chosen), _left_whole(groups, kinds, can)
+
+
+def _left_whole(groups: Groups, kinds: Sequence[str], can: Expressible) -> dict[str, str]:
+    """Family -> why it must stay whole."""
+    families = {g.family for g in groups if g.kind in kinds}
+    refused = {g.family: g.refusals[0] for g in groups if g.kind in kinds and not g.prunable}
+    return refused | {family: reason for family, reason in can.refused.items() if family in families}
+
+
+def _chosen(groups: Groups, kinds: Sequence[str], can: Expressible) -> tuple[Group, ...]:
+    """The groups of these kinds that can be pruned."""
+    left_whole = _left_whole(groups, kinds, can)
+    return tuple(g for g in groups.of_kinds(kinds) if g.family not in left_whole)
+
+
+def _why_none(kinds: Sequence[str], groups: Groups, can: Expressible) -> str:
+    """Why nothing of these kinds can be pruned, reason by reason with the families it holds for."""
+    families: dict[str, list[str]] = {}
+    for family, reason in _left_whole(groups, kinds, can).items():
+        families.setdefault(reason, []).append(family)
+    reasons = []
+    for reason, those in families.items():
+        unnamed = ", ".join(family for family in those if family not in reason)
+        reasons.append(f"{reason} ({unnamed})" if unnamed else reason)
+    absent = [kind for kind in kinds if not any(g.kind == kind for g in groups)]
+    reasons += [f"the model has no {' or '.join(absent)}"] if absent else []
+    return f"no {' or '.join(kinds)} can be pruned: {'; '.join(reasons)}"
+
+
+def _offered(model: PreTrainedModel, groups: Groups, uniform: bool) -> str:
+    """What to choose from instead, closing a message."""
+    can = expressible(model, groups, OFFERED_KINDS, uniform=uniform)
+    kinds = dict.fromkeys(g.kind for g in _chosen(groups, OFFERED_KINDS, can))
+    how = "with the same widths in every layer" if uniform else "layer by layer"
+    return f"; this model offers, {how}: {', '.join(kinds) or 'nothing'}"
 
 
 def kinds_of(mode: Mode, groups: Groups) -> tuple[str, ...]:

@@ -13,8 +13,8 @@ from secateur import checkpoint as checkpoints
 from secateur.allocation import Budget
 from secateur.checkpoint import BUNDLED, Checkpoint, output_folder
 from secateur.config import PruneSettings, Recipe
-from secateur.data import calibration_tokens, load_corpus
-from secateur.errors import BudgetError, PlanError, StreamingError
+from secateur.data import Corpus, calibration_tokens, load_corpus
+from secateur.errors import BudgetError, DataError, PlanError, StreamingError
 from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Random, Taylor
 from secateur.methods import llm_pruner
@@ -62,12 +62,13 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         clock = Clock()
         clock.begin("load")
         source = load_model(recipe, to_change=True)
+        decides = calibration_corpus(recipe) if plan is None else PruningPlan.load(plan)
         dense = source.model.num_parameters()
         results = header("prune", source, recipe)
         results["perplexity"] = {}
         clock.begin("evaluate_dense")
         add_perplexity(results, "dense", source, source.model, recipe.evaluation)
-        small, used = _cut(source, recipe, plan, clock, results)
+        small, used = _cut(source, recipe, decides, clock, results)
         small = in_tier(small, wanted.tier, source, results)
         results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
         clock.begin("evaluate_pruned")
@@ -120,16 +121,16 @@ def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bo
 
 
 def _cut(
-    source: Checkpoint, recipe: Recipe, plan: Path | None, clock: Clock, results: Results
+    source: Checkpoint, recipe: Recipe, decides: PruningPlan | Corpus, clock: Clock, results: Results
 ) -> tuple[PreTrainedModel, PruningPlan]:
-    """The smaller model and the plan behind it, chosen now or replayed."""
-    if plan is not None:
-        replayed = PruningPlan.load(plan)
-        replayed.check_checkpoint(source.sha256)
+    """The smaller model and the plan behind it: one to replay, or one made now by scores on a text."""
+    if isinstance(decides, PruningPlan):
+        decides.check_checkpoint(source.sha256)
         clock.begin("cut")
-        return slice(source.model, replayed), replayed
-    batches = [calibration_batch(source, recipe, results)]
+        return slice(source.model, decides), decides
+    batches = [calibration_batch(source, decides, recipe, results)]
     result = llm_pruner.run(source.model, batches, method_settings(recipe.prune, recipe.seed), clock.begin)
+    results["kinds"] = result.plan.provenance["allocation"]["shares"]
     results["left_whole"] = dict(result.left_whole)
     return result.model, result.plan
 
@@ -177,10 +178,22 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     )
 
 
-def calibration_batch(source: Checkpoint, recipe: Recipe, results: Results) -> torch.Tensor:
+def calibration_corpus(recipe: Recipe) -> Corpus:
+    """The text to score on, read before anything is measured.
+
+    Raises:
+        DataError: it cannot be read; the message names the setting.
+    """
+    wanted = recipe.prune.calibration
+    try:
+        return load_corpus(wanted.source, field=wanted.field)
+    except DataError as error:
+        raise DataError(f"{error} (calibration text: --calibration FILE, prune.calibration.source)") from error
+
+
+def calibration_batch(source: Checkpoint, corpus: Corpus, recipe: Recipe, results: Results) -> torch.Tensor:
     """Calibration tokens [samples, seq_len]; where they come from goes into the protocol."""
     wanted = recipe.prune.calibration
-    corpus = load_corpus(wanted.source, field=wanted.field)
     tokens = calibration_tokens(corpus, needs_tokenizer(source), wanted.samples, wanted.seq_len, recipe.seed)
     results["protocol"]["calibration"] = {
         "source": wanted.source,

@@ -1,8 +1,9 @@
-"""Hooks into the Trainer: stop on a broken loss, and measure texts while training."""
+"""Hooks into the Trainer: stop on a broken loss, tell losses, and measure texts while training."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,17 @@ class StopOnBrokenLoss(TrainerCallback):  # type: ignore[misc]
                 raise NonFiniteError(
                     f"recovery stopped at step {state.global_step}: {name} is {value}; lower the learning rate"
                 )
+
+
+class PrintLosses(TrainerCallback):  # type: ignore[misc]
+    """One line on standard error for each logged loss; for logs, in which a moving bar is no use."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if "loss" in (logs or {}):
+            line = f"- step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.4f}"
+            print(line, file=sys.stderr, flush=True)
 
 
 class MeasureTexts(TrainerCallback):  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.data import Corpus
-from secateur.errors import DataError
-from secateur.recovery.callbacks import MeasureTexts, StopOnBrokenLoss
+from secateur.errors import DataError, RecipeError, first_line
+from secateur.recovery.callbacks import MeasureTexts, PrintLosses, StopOnBrokenLoss
 from secateur.recovery.examples import IGNORED, training_examples
+from secateur.recovery.targets import Targets, all_targets, read_directly
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 
@@ -30,7 +33,7 @@ class RecoverySettings:
         rank: of the LoRA factors.
         alpha: numerator of the LoRA scale `alpha / rank`.
         dropout: on the adapters' input; none where stacked experts are adapted, for which peft knows no dropout.
-        targets: module names; None adapts every linear module but the output head, and the matrices of stacked experts.
+        targets: module names, or what they end with; None adapts whatever can be (`all_targets`).
         learning_rate: peak, after a linear warm-up; falls linearly to 0.
         epochs: passes over the data, unless `steps` says otherwise.
         steps: optimizer steps.
@@ -99,27 +102,15 @@ def recover(
 
     Raises:
         DataError: the corpora give no example.
+        RecipeError: the targets asked for are not there or cannot carry adapters.
         NonFiniteError: the loss becomes NaN or infinite.
     """
-    from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
     set_seed(settings.seed)
     output = Path(output)
     examples = training_examples(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
-    stacked = [] if settings.targets else stacked_matrices(model)
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0 if stacked else settings.dropout,
-        target_parameters=stacked or None,
-        target_modules=list(settings.targets) if settings.targets else "all-linear",
-        exclude_modules=None if settings.targets else not_linear(model),
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft tells what fan_in_fan_out it sets for Conv1D
-        adapted = get_peft_model(copy.deepcopy(model), lora)
+    adapted = adapters(model, settings)
     trainer = _trainer(adapted, tokenizer, examples, settings, output, evaluate)
     begin = time.perf_counter()
     started = resume and any((output / "checkpoints").glob("checkpoint-*"))
@@ -132,19 +123,36 @@ def recover(
     return RecoveryResult(merged.eval(), adapter, list(trainer.state.log_history), round(seconds, 3))
 
 
-def not_linear(model: PreTrainedModel) -> list[str]:
-    """The output head, and modules that derive from a linear one but compute something else, as routers do."""
-    from transformers.pytorch_utils import Conv1D
+def adapters(model: PreTrainedModel, settings: RecoverySettings) -> PeftModel:
+    """A copy of the model with fresh adapters.
 
-    head, plain = model.get_output_embeddings(), (torch.nn.Linear.forward, Conv1D.forward)
-    linear = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D)}
-    return [n for n, m in linear.items() if m is head or type(m).forward not in plain]
+    Raises:
+        RecipeError: the targets asked for are not there or cannot carry adapters.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import check_target_module_exists
 
-
-def stacked_matrices(model: PreTrainedModel) -> list[str]:
-    """The three-dimensional parameters that hold one matrix per expert."""
-    kernels = {id(p) for m in model.modules() if isinstance(m, torch.nn.modules.conv._ConvNd) for p in m.parameters()}
-    return [n for n, p in model.named_parameters() if p.dim() == 3 and min(p.shape) > 1 and id(p) not in kernels]
+    chosen = Targets(list(settings.targets), []) if settings.targets else all_targets(model)
+    lora = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=0.0 if chosen.parameters else settings.dropout,
+        target_parameters=chosen.parameters or None,
+        target_modules=chosen.modules,
+        task_type="CAUSAL_LM",
+    )
+    if settings.targets and (passed_by := [n for n in read_directly(model) if check_target_module_exists(lora, n)]):
+        raise RecipeError(
+            f"{passed_by[0]} cannot carry an adapter: the module around it takes its weight without calling it; "
+            "leave it out of --targets (recovery.targets)"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft tells what fan_in_fan_out it sets for Conv1D
+            return get_peft_model(copy.deepcopy(model), lora)
+    except ValueError as error:
+        asked = f"--targets {','.join(settings.targets)}" if settings.targets else "adapters for every linear module"
+        raise RecipeError(f"{asked}: peft refuses: {first_line(error)}") from error
 
 
 def _trainer(
@@ -156,7 +164,7 @@ def _trainer(
     evaluate: Callable[[PreTrainedModel], dict[str, float]] | None,
 ) -> Trainer:
     from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
 
     if tokenizer.pad_token is None:
         tokenizer = copy.deepcopy(tokenizer)
@@ -182,16 +190,20 @@ def _trainer(
         save_total_limit=2,
         seed=settings.seed,
         report_to="none",
-        disable_tqdm=False,
+        disable_tqdm=not sys.stderr.isatty(),
     )
     callbacks: list[Any] = [StopOnBrokenLoss()]
     if evaluate is not None and settings.eval_every:
         callbacks.append(MeasureTexts(evaluate, settings.eval_every))
+    if arguments.disable_tqdm:
+        callbacks.append(PrintLosses())
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=arguments,
         train_dataset=Dataset.from_list(list(examples)),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True),
         callbacks=callbacks,
     )
+    trainer.remove_callback(PrinterCallback)  # the Trainer's own stand-in for its bar, on standard output
+    return trainer
