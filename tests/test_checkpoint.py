@@ -134,7 +134,7 @@ def test_saved_folder_is_complete_and_loads_with_stock_classes(trained, tokenize
 
 def test_the_base_models_licence_is_carried_over(checkpoint_folder, tmp_path):
     base = load(checkpoint_folder)
-    checkpoint.write(base.model, tmp_path, base=base)
+    checkpoint.write_about(checkpoint.checkpoint_form(base.model), tmp_path, results={}, base=base)
     assert "license: mit" in (tmp_path / "README.md").read_text()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import story
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 from secateur import checkpoint, cli
@@ -65,6 +66,13 @@ def test_recover_keeps_the_adapter_and_eval_takes_it(secateur, pruned, text_file
                         "--json", tmp_path / "e.json")  # fmt: skip
     value = json.loads((tmp_path / "e.json").read_text())["perplexity"]["stories"]["value"]
     assert code == 0 and value == pytest.approx(results["perplexity"]["stories"]["recovered"], rel=1e-4)
+    before = json.loads((pruned / "results.json").read_text())
+    text, figures = (output / "README.md").read_text(), before["perplexity"]["stories"]
+    row = [f"{v:.3f}" for v in (figures["dense"], figures["pruned"], results["perplexity"]["stories"]["recovered"])]
+    assert " | ".join(row) in text and "merged into the weights: 2 steps of 2 sequences" in text
+    assert f"{before['params']['sparsity']:.2%} of {before['params']['dense']:,} parameters were removed" in text
+    assert f"{results['parity']['perplexity_before']:.4f} before" in text and "in a fresh process" in text
+    assert (output / "plan.json").read_text() == (pruned / "plan.json").read_text()
     code, _, err = secateur("eval", pruned, "--adapter", tmp_path, "--text", text_file, "--seq-len", 128)
     assert code == 2 and "adapter" in err
 
@@ -77,7 +85,10 @@ def test_prune_and_recover_in_one_command(secateur, checkpoint_folder, text_file
     assert code == 0, err
     assert {f.name for f in (tmp_path / "o").iterdir()} >= {"plan.json", "adapter", "config.json", "results.json"}
     assert [f.name for f in tmp_path.iterdir()] == ["o"]
-    assert f"base_model: {checkpoint_folder}\n" in (tmp_path / "o" / "README.md").read_text()
+    card = ModelCard.load(tmp_path / "o" / "README.md")
+    assert card.data.base_model is None  # the hub takes no folder for one
+    assert f"from the checkpoint `{checkpoint_folder.name}`" in card.text and "o.secateur" not in card.content
+    assert "| stories | " in card.text and "| dense | pruned | recovered |" in card.text
 
 
 def test_kinds_by_name_with_a_share_of_their_own(secateur, checkpoint_folder, text_file, tmp_path):
@@ -108,6 +119,10 @@ def test_kinds_that_make_no_sense(secateur, checkpoint_folder, tmp_path, kinds, 
 def test_a_plan_is_replayed_exactly(secateur, checkpoint_folder, pruned, tmp_path):
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "again", "--plan", pruned / "plan.json")
     assert code == 0, err
+    assert (tmp_path / "again" / "plan.json").read_text() == (pruned / "plan.json").read_text()
+    text = (tmp_path / "again" / "README.md").read_text()
+    assert "a plan that was given" in text and "`param_sparsity` 0.3" in text and "of stories.txt." in text
+    assert {f.name for f in (tmp_path / "again").iterdir()} == {f.name for f in pruned.iterdir()}
     a, b = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (pruned, tmp_path / "again"))
     assert all((a[n] == b[n]).all() for n in a)
 

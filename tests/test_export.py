@@ -3,21 +3,27 @@
 import copy
 import json
 import math
+import shutil
+from dataclasses import asdict
 
 import gguf
 import pytest
 import torch
 from families import make
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_per_layer import GROUPED, built, cut, uneven_plan, with_vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from secateur import checkpoint
+from secateur.checkpoint import account
 from secateur.discovery import discover
 from secateur.errors import CheckpointError
 from secateur.export import NOT_NEEDED, LlamaCppParity, compare, export_gguf, export_vllm, llama_cpp, plainest, tiers
+from secateur.export.vllm import READ_BACK
 from secateur.pipeline import shipping
 from secateur.plan import PruningPlan
+from secateur.recovery import RecoverySettings
 from secateur.surgery import pad, padding, slice
 from secateur.surgery.shapes import build_on_meta
 from secateur.surgery.trial import with_noise
@@ -292,6 +298,61 @@ def test_vllm_layout(secateur, small, folder, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path / "o", trust_remote_code=True)
     assert config.model_type == "nemotron-nas" and len(config.block_configs) == small.config.num_hidden_layers
     assert f"vllm serve {tmp_path / 'o'}" in out.replace("\n", "") and "read back" in out
+
+
+@pytest.fixture(scope="module")
+def with_a_past(folder, tmp_path_factory):
+    """The same checkpoint, made by pruning a model of the hub and recovering it."""
+    copy = shutil.copytree(folder, tmp_path_factory.mktemp("past") / "small")
+    figures = {"tokens": 50, "seq_len": 8, "stride": None, "bos": False}
+    pruned = {
+        "command": "prune",
+        "model": {"source": "org/dense", "sha256": None},
+        "protocol": {"method": "llm-pruner", "settings": {"criterion": "taylor-1"}, "seed": 5},
+        "params": {"dense": 1000, "pruned": 750, "sparsity": 0.25},
+        "perplexity": {"stories": figures | {"dense": 10.5, "pruned": 31.25}},
+    }
+    settings = RecoverySettings(steps=7, batch_size=4, seq_len=16)
+    recovered = {
+        "command": "recover",
+        "model": {"source": "in/between", "sha256": "ab"},
+        "perplexity": {"stories": figures | {"pruned": 31.25, "recovered": 12.75}},
+        "recovery": {"settings": asdict(settings), "data": [{"source": "alpaca"}], "log": [1, 2]},
+        "before": pruned,
+    }
+    (copy / "results.json").write_text(json.dumps(recovered))
+    (copy / "README.md").write_text("---\nlicense: llama2\nbase_model: org/dense\n---\n")
+    PruningPlan({"layers.1.mlp/ffn_channel": (0, 2)}, {"layers.1.mlp/ffn_channel": 3}).save(copy / "plan.json")
+    return copy
+
+
+@pytest.mark.parametrize("form", ["gguf", "vllm"])
+def test_the_card_says_what_was_done_before(secateur, with_a_past, tmp_path, form):
+    if form == "gguf":
+        pytest.importorskip("xllamacpp")
+    code, _, err = secateur("export", with_a_past, "-o", tmp_path / "o", "--to", form)
+    assert code == 0, err
+    card = ModelCard.load(tmp_path / "o" / "README.md")
+    assert card.data.to_dict() == {
+        "library_name": {"gguf": "llama.cpp", "vllm": "vllm"}[form],
+        "pipeline_tag": "text-generation",
+        "tags": ["pruned", "secateur", form],
+        "base_model": "org/dense",
+        "base_model_relation": "finetune",
+        "license": "llama2",
+    }
+    assert "from [org/dense](https://huggingface.co/org/dense)" in card.text and "in/between" not in card.text
+    assert "25.00% of 1,000 parameters were removed; 750 are left." in card.text
+    assert "| `layers.*.mlp/ffn_channel` | 1 | 3 | 2 |" in card.text
+    assert "chosen by llm-pruner with `criterion` taylor-1 (seed 5)." in card.text
+    assert "7 steps of 4 sequences of up to 16 tokens of alpaca" in card.text and "`adapter/`" not in card.text
+    assert "| stories | 50 | 8 | 10.500 | 31.250 | 12.750 |" in card.text and account.NOT_AGAIN in card.text
+    results = results_of(tmp_path / "o")
+    checked = {"gguf": lambda: f"{results['parity']['mean_difference']:.1e} on average", "vllm": lambda: READ_BACK}
+    assert checked[form]() in card.text and "Not checked" not in card.text
+    assert results["before"]["before"]["model"]["source"] == "org/dense"
+    assert "log" not in results["before"]["recovery"]
+    assert (tmp_path / "o" / "plan.json").read_bytes() == (with_a_past / "plan.json").read_bytes()
 
 
 def test_wrong_words(secateur, folder, tmp_path):

@@ -1,7 +1,9 @@
 """Checkpoints: loaded from safetensors only, written whole or not at all, and read back to prove it."""
 
 from secateur.checkpoint.adapted import save_adapted
+from secateur.checkpoint.card import Form, checkpoint_form
 from secateur.checkpoint.folders import output_folder
+from secateur.checkpoint.lineage import WRITERS, carried_plan, earlier
 from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton, quantisation
 from secateur.checkpoint.parity import (
     Parity,
@@ -15,12 +17,17 @@ from secateur.checkpoint.stream import StreamReport, cut_streaming
 
 __all__ = [
     "BUNDLED",
+    "WRITERS",
     "Checkpoint",
+    "Form",
     "Parity",
     "StreamReport",
+    "carried_plan",
     "check_same_logits",
+    "checkpoint_form",
     "checkpoint_sha256",
     "cut_streaming",
+    "earlier",
     "load",
     "load_skeleton",
     "logit_difference",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from secateur.checkpoint.card import checkpoint_form
 from secateur.checkpoint.folders import output_folder
 from secateur.checkpoint.parity import check_same_logits, verify_reload
-from secateur.checkpoint.saving import write
+from secateur.checkpoint.saving import write, write_about
 from secateur.errors import CheckpointError
 from secateur.plan import PruningPlan
 from secateur.surgery.adapters import base_model, unsupported
@@ -42,8 +43,9 @@ def save_adapted(
         raise CheckpointError(reason)
     with output_folder(output, overwrite=overwrite) as folder:
         base = base_model(model)
-        write(base, folder, tokenizer=tokenizer, plan=plan)
-        verify_reload(folder, base)
+        write(base, folder, tokenizer=tokenizer)
+        parity = {"max_logit_difference": verify_reload(folder, base), "process": "same"}
+        write_about(checkpoint_form(base), folder, plan=plan, results={"parity": parity})
         for config in model.peft_config.values():
             config.base_model_name_or_path = str(output)
         model.save_pretrained(str(folder / ADAPTER))

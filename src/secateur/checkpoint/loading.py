@@ -36,6 +36,12 @@ class Checkpoint:
     sha256: str | None
     architecture: str
 
+    @property
+    def folder(self) -> Path | None:
+        """Where it lies; None for a hub name."""
+        place = BUNDLED.get(self.source, Path(self.source))
+        return place if place.is_dir() else None
+
 
 def load(
     source: str | Path,

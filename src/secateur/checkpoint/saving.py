@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.checkpoint.card import model_card
+from secateur.checkpoint.card import Form, checkpoint_form, model_card
 from secateur.checkpoint.folders import check_space, output_folder
-from secateur.checkpoint.loading import BUNDLED, Checkpoint
+from secateur.checkpoint.lineage import copy_beside
+from secateur.checkpoint.loading import Checkpoint
 from secateur.checkpoint.parity import verify_reload
 from secateur.errors import CheckpointError
 from secateur.packed import refuse_packed
@@ -39,8 +40,9 @@ def save(
     """
     refuse_packed(model, "saved by Secateur", CheckpointError)
     with output_folder(output, overwrite=overwrite) as folder:
-        write(model, folder, tokenizer=tokenizer, plan=plan, results=results)
-        verify_reload(folder, model)
+        write(model, folder, tokenizer=tokenizer)
+        parity = {"max_logit_difference": verify_reload(folder, model), "process": "same"}
+        write_about(checkpoint_form(model), folder, plan=plan, results={**(results or {}), "parity": parity})
     return Path(output)
 
 
@@ -49,34 +51,38 @@ def write(
     folder: Path,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    plan: PruningPlan | None = None,
-    results: Mapping[str, Any] | None = None,
     base: Checkpoint | None = None,
 ) -> None:
-    """Fill an existing folder: configuration, safetensors, tokenizer, plan.json, results.json, model card.
+    """Fill an existing folder with what `from_pretrained` loads: configuration, safetensors, tokenizer.
+
+    Args:
+        tokenizer: written unless `base` lies in a folder, whose tokenizer files are copied as they are.
+        base: the model that this one was made from.
 
     Raises:
         CheckpointError: the disk has no room for it.
     """
     check_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
     model.save_pretrained(folder)
-    if tokenizer is not None:
+    if base is not None and base.folder is not None:
+        copy_beside(base.folder, folder)
+    elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    write_about(model, folder, plan=plan, results=results, base=base)
 
 
 def write_about(
-    model: PreTrainedModel,
+    form: Form,
     folder: Path,
     *,
     plan: PruningPlan | None = None,
-    results: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any],
     base: Checkpoint | None = None,
 ) -> None:
-    """What tells how the checkpoint in a folder came to be: plan.json, results.json, model card."""
+    """Write what tells how the model in a folder came to be: plan.json, results.json, model card.
+
+    Called last, since the card shows how what was written has been checked.
+    """
     if plan is not None:
         plan.save(folder / "plan.json")
-    if results is not None:
-        (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    about = (base.source, BUNDLED.get(base.source, Path(base.source))) if base else None
-    (folder / "README.md").write_text(model_card(model, results or {}, about), encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(form, results, plan, base), encoding="utf-8")

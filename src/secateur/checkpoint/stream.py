@@ -7,7 +7,6 @@ is written, where, and from which rows of which file is laid out before the firs
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 
 from secateur.checkpoint.card import is_remote
 from secateur.checkpoint.folders import check_space
+from secateur.checkpoint.lineage import copy_beside, files_beside
 from secateur.checkpoint.loading import checkpoint_sha256, load_skeleton, refuse_quantised, weight_files
 from secateur.checkpoint.names import Piece, names_to_write, pieces_on_disk
 from secateur.checkpoint.shards import FLOATS, INDEX, Shards, Written, divided, write_index, write_shards
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SHARD_SIZE = 50 * 10**9  # bytes; what transformers writes
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".ot")
-REPLACED = ("config.json", INDEX, "README.md", "plan.json", "results.json", "modeling_per_layer.py")
 CHECK = (
     "names, shapes and dtypes of the files are those that the class saves; the same kinds were cut in a small model of "
     "the class, whose logits are those of the original without the removed units"
@@ -113,10 +111,11 @@ def cut_streaming(
     plan.check_checkpoint(sha256)
     tensors = _layout(skeleton, groups, kept, target, stored)
     shards = divided(tensors, max_shard_size)
-    beside = [f for f in source.iterdir() if f.is_file() and _belongs_beside(f)]
+    beside = files_beside(source)
     size = sum(len(header_bytes(shard)) + sum(cut.nbytes for _, cut in shard) for shard in shards.values())
     check_space(folder, size + sum(f.stat().st_size for f in beside))
-    _write_settings(target.model, folder, beside)
+    _write_settings(target.model, folder)
+    copy_beside(source, folder)
     begin = time.perf_counter()
     write_shards(folder, shards, tensors, progress)
     seconds = time.perf_counter() - begin
@@ -222,13 +221,8 @@ def _equal(one: Stored, other: Stored) -> bool:
         return all(np.array_equal(a, b) for a, b in blocks)
 
 
-def _belongs_beside(file: Path) -> bool:
-    """Whether a file of the source goes along: no weights, and nothing that is written anew."""
-    return file.suffix not in WEIGHTS and not file.name.startswith(".") and file.name not in REPLACED
-
-
-def _write_settings(model: PreTrainedModel, folder: Path, beside: list[Path]) -> None:
-    """Configuration and code of the class, as `save_pretrained` writes them; what lies beside the source's weights."""
+def _write_settings(model: PreTrainedModel, folder: Path) -> None:
+    """Configuration and code of the class, as `save_pretrained` writes them."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -238,8 +232,6 @@ def _write_settings(model: PreTrainedModel, folder: Path, beside: list[Path]) ->
     finally:
         if shown:
             logging.enable_progress_bar()
-    for file in beside:
-        shutil.copyfile(file, folder / file.name)
 
 
 def _verify(folder: Path, shards: Shards, tensors: Mapping[str, Written]) -> None:

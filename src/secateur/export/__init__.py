@@ -3,7 +3,7 @@
 from secateur.export.gguf import GGUFExport, export_gguf
 from secateur.export.llama_cpp import LlamaCppParity, compare
 from secateur.export.tiers import NOT_NEEDED, Tier, layers_of, plainest, tiers
-from secateur.export.vllm import VllmExport, export_vllm, vllm_notes
+from secateur.export.vllm import VllmExport, export_vllm, vllm_form, vllm_notes
 
 __all__ = [
     "NOT_NEEDED",
@@ -17,5 +17,6 @@ __all__ = [
     "layers_of",
     "plainest",
     "tiers",
+    "vllm_form",
     "vllm_notes",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -32,24 +32,20 @@ INSTEAD = (
     "export it padded to the widths of the largest layer, which vLLM takes as it is, or to gguf for llama.cpp, or "
     "prune with the same widths in every layer (without --per-layer)"
 )
+READ_BACK = "vLLM cannot be run here; every tensor was read back and is the model's"
+USE = """```
+vllm serve FOLDER{flag}
+```"""
+TRUSTED = (
+    "The code that is trusted is `configuration_decilm.py`, which gives the entries of `block_configs` attributes."
+)
+PADDED = (
+    "{padded:,} of the parameters are zeros or copies that stand in for heads that layers do not have: all layers have "
+    "the same number of query heads in this layout"
+)
 # Where vLLM's own class (0.33) does less than the class of transformers with the same name.
 HEADS_FILL_HIDDEN = ("qwen2",)  # a head is hidden_size / num_attention_heads wide, whatever head_dim says
 NO_OUTPUT_BIAS = ("qwen3", "qwen3_moe")  # attention_bias gives q, k and v one, and not the output projection
-CARD = """---
-pipeline_tag: text-generation
-tags: [pruned, secateur, vllm]
----
-
-# {name}, {parameters:,} parameters
-
-Pruned with Secateur, in the nemotron-nas layout of vLLM, which has a place for layers of unequal width:
-
-    vllm serve FOLDER --trust-remote-code
-
-The code that is trusted is `configuration_decilm.py`, which gives the entries of `block_configs` attributes. All layers
-have {heads} query heads in this layout: {padded:,} of the parameters are zeros or copies that stand in for heads that
-layers do not have.
-"""
 
 
 @dataclass(frozen=True)
@@ -173,13 +169,27 @@ def _export_nas(
         model.generation_config.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        heads = fields["num_attention_heads"]
-        card = CARD.format(name=type(model).__name__, parameters=parameters, heads=heads, padded=padded)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    notes = [NAS.format(folder=output)]
-    if padded:
-        notes.append(f"{padded:,} parameters are padding: every layer has {heads} query heads in this layout")
-    return VllmExport(output, NAS_LAYOUT, parameters, padded, (*notes, *vllm_notes(model.config)))
+        notes = [NAS.format(folder=output)]
+        if padded:
+            heads = fields["num_attention_heads"]
+            notes.append(f"{padded:,} parameters are padding: every layer has {heads} query heads in this layout")
+        done = VllmExport(output, NAS_LAYOUT, parameters, padded, (*notes, *vllm_notes(model.config)))
+        checkpoint.write_about(vllm_form(model, done), folder, results={"parity": None, "parity_reason": READ_BACK})
+    return done
+
+
+def vllm_form(model: PreTrainedModel, done: VllmExport) -> checkpoint.Form:
+    """What the card of an exported model says of its form."""
+    limits = vllm_notes(model.config)
+    if done.layout == STOCK_LAYOUT:
+        plain = checkpoint.checkpoint_form(model)
+        use = f"{USE.format(flag='')}\n\n{plain.use}"
+        return replace(plain, use=use, tags=("vllm",), notes=limits)
+    dtype = str(model.dtype).removeprefix("torch.")
+    use = f"{USE.format(flag=' --trust-remote-code')}\n\n{TRUSTED}"
+    padded = (PADDED.format(padded=done.padded_parameters),) if done.padded_parameters else ()
+    what = f"nemotron-nas layout of vLLM, {dtype}"
+    return checkpoint.Form(what, done.parameters, use, "vllm", ("vllm",), (*padded, *limits))
 
 
 def _read_back(model: PreTrainedModel, folder: Path) -> None:

@@ -27,7 +27,7 @@ from secateur.pipeline.results import (
     load_model,
     needs_tokenizer,
     peak_memory,
-    write_json,
+    write_checked,
 )
 from secateur.plan import PruningPlan
 from secateur.surgery import pad, slice
@@ -64,7 +64,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         source = load_model(recipe, to_change=True)
         decides = calibration_corpus(recipe) if plan is None else PruningPlan.load(plan)
         dense = source.model.num_parameters()
-        results = header("prune", source, recipe)
+        results = header("prune", source, recipe, decides if isinstance(decides, PruningPlan) else None)
         results["perplexity"] = {}
         clock.begin("evaluate_dense")
         add_perplexity(results, "dense", source, source.model, recipe.evaluation)
@@ -78,10 +78,9 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         results["params"] = {"dense": dense, "pruned": pruned, "sparsity": round(1 - pruned / dense, 6)}
         results["timing"] = clock.seconds
         results["memory"] = peak_memory()
-        used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
-        checkpoints.write(small, folder, tokenizer=source.tokenizer, plan=used, results=results, base=source)
-        results["parity"] = checkpoints.verify_in_fresh_process(folder, small, source.tokenizer).to_json()
-        write_json(folder / "results.json", results)
+        if plan is None:
+            used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
+        write_checked(small, folder, source, results, used)
     return results
 
 
@@ -104,7 +103,7 @@ def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bo
         clock.end()
         name, kind = str(recipe.model.source), report.source.config.model_type
         source = Checkpoint(report.source, None, name, report.sha256, kind)
-        results = header("prune", source, recipe)
+        results = header("prune", source, recipe, replayed)
         results["protocol"]["device"] = "cpu"
         results["perplexity"] = {}
         sparsity = round(1 - report.pruned / report.dense, 6)
@@ -115,9 +114,14 @@ def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bo
         results["class"] = {"name": type(report.model).__name__, "note": class_note(report.source, report.model)}
         results |= {"surgery": "streaming", "streaming": report.to_json()}
         results["timing"], results["memory"] = clock.seconds, peak_memory()
-        used = PruningPlan(replayed.kept, replayed.units, {**replayed.provenance, **results["protocol"]})
-        checkpoints.write_about(report.model, folder, plan=used, results=results, base=source)
+        form = checkpoints.checkpoint_form(report.model)
+        checkpoints.write_about(form, folder, plan=_for(source, replayed), results=results, base=source)
     return results
+
+
+def _for(source: Checkpoint, plan: PruningPlan) -> PruningPlan:
+    """A plan that was replayed, with its provenance as it was, and the checkpoint that it now surely belongs to."""
+    return PruningPlan(plan.kept, plan.units, {**plan.provenance, "model_sha256": source.sha256})
 
 
 def _cut(
@@ -127,7 +131,7 @@ def _cut(
     if isinstance(decides, PruningPlan):
         decides.check_checkpoint(source.sha256)
         clock.begin("cut")
-        return slice(source.model, decides), decides
+        return slice(source.model, decides), _for(source, decides)
     batches = [calibration_batch(source, decides, recipe, results)]
     result = llm_pruner.run(source.model, batches, method_settings(recipe.prune, recipe.seed), clock.begin)
     results["kinds"] = result.plan.provenance["allocation"]["shares"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from secateur import checkpoint as checkpoints
@@ -20,6 +20,7 @@ from secateur.pipeline.results import (
     needs_tokenizer,
     peak_memory,
     values,
+    write_checked,
     write_json,
 )
 from secateur.recovery import RecoverySettings, recover
@@ -44,6 +45,7 @@ def recover_checkpoint(
         clock = Clock()
         clock.begin("load")
         source = load_model(recipe, folder_in, to_change=True)
+        plan = checkpoints.carried_plan(source)
         results = header("recover", source, recipe)
         results["perplexity"] = {}
         corpora = [load_corpus(name, field=settings.field) for name in settings.data]
@@ -69,11 +71,8 @@ def recover_checkpoint(
             "log": outcome.log,
         }
         results["timing"], results["memory"] = clock.seconds, peak_memory()
-        base = replace(source, source=recipe.model.source)  # not the pruned folder in between
-        checkpoints.write(outcome.model, folder, tokenizer=source.tokenizer, results=results, base=base)
         shutil.copytree(outcome.adapter, folder / "adapter")
-        results["parity"] = checkpoints.verify_in_fresh_process(folder, outcome.model, source.tokenizer).to_json()
-        write_json(folder / "results.json", results)
+        write_checked(outcome.model, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
     return results
 
@@ -93,7 +92,6 @@ def prune_and_recover(recipe: Recipe, output: Path, *, plan: Path | None = None,
         results = joined(results, after)
         for file in (folder / "recovered").iterdir():
             shutil.move(str(file), folder / file.name)
-        shutil.move(str(pruned / "plan.json"), folder / "plan.json")
         shutil.rmtree(pruned)
         (folder / "recovered").rmdir()
         write_json(folder / "results.json", results)

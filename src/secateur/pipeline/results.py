@@ -21,6 +21,7 @@ from secateur.config import EvaluationSettings, Recipe
 from secateur.data import load_corpus
 from secateur.errors import CheckpointError
 from secateur.evaluation import perplexity
+from secateur.plan import PruningPlan
 from secateur.surgery.per_layer import is_per_layer
 
 if TYPE_CHECKING:
@@ -77,8 +78,17 @@ def needs_tokenizer(source: Checkpoint) -> PreTrainedTokenizerBase:
     return source.tokenizer
 
 
-def header(command: str, source: Checkpoint, recipe: Recipe) -> Results:
-    """The part of `results.json` that every command has."""
+def header(command: str, source: Checkpoint, recipe: Recipe, plan: PruningPlan | None = None) -> Results:
+    """The part of `results.json` that every command has.
+
+    Args:
+        plan: that is replayed: its provenance says how units were chosen, and the recipe's settings do not.
+    """
+    earlier = checkpoints.earlier(source) if command in checkpoints.WRITERS else None
+    choice: Results = {"settings": {}}
+    if command == "prune" and plan is None:
+        settings = recipe.prune.model_dump(mode="json", exclude={"calibration"})
+        choice = {"method": recipe.method.name, "settings": settings}
     return {
         "schema": SCHEMA,
         "command": command,
@@ -89,8 +99,10 @@ def header(command: str, source: Checkpoint, recipe: Recipe) -> Results:
             "dtype": str(source.model.dtype).removeprefix("torch."),
             "device": str(source.model.device),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-            "settings": recipe.prune.model_dump(mode="json", exclude={"calibration"}) if command == "prune" else {},
+            **choice,
         },
+        **({"plan": {"provenance": dict(plan.provenance)}} if plan is not None else {}),
+        **({"before": earlier} if earlier is not None else {}),
     }
 
 
@@ -103,6 +115,23 @@ def class_note(before: PreTrainedModel, after: PreTrainedModel) -> str | None:
         f"saved as {type(after).__name__}: {was.__name__} refuses these sizes; with the same parameters both compute "
         "the same, which the logits showed"
     )
+
+
+def write_checked(
+    model: PreTrainedModel, folder: Path, source: Checkpoint, results: Results, plan: PruningPlan | None = None
+) -> None:
+    """Fill an existing folder with a checkpoint, load it in a fresh process, and write what tells about it.
+
+    Args:
+        source: what the model was made from.
+        results: parity is added.
+
+    Raises:
+        CheckpointError: it does not load, or gives other logits.
+    """
+    checkpoints.write(model, folder, tokenizer=source.tokenizer, base=source)
+    results["parity"] = checkpoints.verify_in_fresh_process(folder, model, source.tokenizer).to_json()
+    checkpoints.write_about(checkpoints.checkpoint_form(model), folder, plan=plan, results=results, base=source)
 
 
 def measured(source: Checkpoint, model: PreTrainedModel, settings: EvaluationSettings) -> Iterator[tuple[str, Any]]:

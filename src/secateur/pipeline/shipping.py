@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from secateur import checkpoint as checkpoints
-from secateur.checkpoint import Checkpoint, output_folder
+from secateur.checkpoint import Checkpoint, Form, checkpoint_form, output_folder
 from secateur.checkpoint.parity import probe
 from secateur.config import Recipe
 from secateur.errors import ParityError, PlanError
-from secateur.export import compare, export_gguf, export_vllm, llama_cpp
-from secateur.pipeline.results import Results, class_note, header, load_model, peak_memory, write_json
+from secateur.export import compare, export_gguf, export_vllm, llama_cpp, vllm_form
+from secateur.export.vllm import READ_BACK, STOCK_LAYOUT
+from secateur.pipeline.results import Results, class_note, header, load_model, peak_memory
 from secateur.surgery import pad, unpad
 from secateur.surgery.per_layer import is_per_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Form = Literal["uniform", "per-layer", "padded", "gguf", "vllm"]
+Target = Literal["uniform", "per-layer", "padded", "gguf", "vllm"]
 GGUF_FILE = "model.gguf"
-READ_BACK = "vLLM cannot be run here; every tensor was read back and is the model's"
-GGUF_CARD = """---
-pipeline_tag: text-generation
-tags: [pruned, secateur, gguf]
-base_model: {base}
----
-
-# {name}, {parameters:,} parameters, {dtype}
-
-For llama.cpp, architecture `{arch}`: `llama-cli -m {file} -p "..."`. {checked}: `results.json`.
-"""
+GGUF_USE = """```
+llama-cli -m {file} -p "..."
+```"""
 
 
-def export(recipe: Recipe, output: Path, to: Form, *, dtype: str = "f16", overwrite: bool = False) -> Results:
+def export(recipe: Recipe, output: Path, to: Target, *, dtype: str = "f16", overwrite: bool = False) -> Results:
     """Write the recipe's model in another form into the folder `output`, and check what was written.
 
     Args:
@@ -49,24 +43,23 @@ def export(recipe: Recipe, output: Path, to: Form, *, dtype: str = "f16", overwr
     """
     with output_folder(output, overwrite=overwrite) as folder:
         source = load_model(recipe, to_change=True)
+        plan = checkpoints.carried_plan(source)
         results = header("export", source, recipe)
         results["params"] = {"source": source.model.num_parameters()}
         if to == "gguf":
-            results |= _gguf(source, folder, dtype)
+            form, more = _gguf(source, folder, dtype)
         elif to == "vllm":
-            results |= _vllm(source, folder, output)
+            form, more = _vllm(source, folder, output)
         else:
             made = _narrowed(source) if to == "per-layer" else _widened(source, to)
-            _checkpoint(source, made, folder, to, results)
-        plan = Path(source.source) / "plan.json"
-        if plan.is_file():
-            shutil.copy(plan, folder / "plan.json")
+            form, more = _checkpoint(source, made, folder, to)
+        results |= more
         results["memory"] = peak_memory()
-        write_json(folder / "results.json", results)
+        checkpoints.write_about(form, folder, plan=plan, results=results, base=source)
     return results
 
 
-def _widened(source: Checkpoint, to: Form) -> PreTrainedModel:
+def _widened(source: Checkpoint, to: Target) -> PreTrainedModel:
     """The model in a stock class, filled up with zeros where its layers differ.
 
     Raises:
@@ -104,32 +97,31 @@ def _narrowed(source: Checkpoint) -> PreTrainedModel:
         ) from error
 
 
-def _checkpoint(source: Checkpoint, made: PreTrainedModel, folder: Path, to: Form, results: Results) -> None:
-    """Write what was made; what it costs and how it compares are added to the results."""
-    results["params"]["exported"] = made.num_parameters()
-    zeros = made.num_parameters() - source.model.num_parameters()
+def _checkpoint(source: Checkpoint, made: PreTrainedModel, folder: Path, to: Target) -> tuple[Form, Results]:
+    """Write what was made: its form, what it costs and how it compares."""
+    params = {"source": source.model.num_parameters(), "exported": made.num_parameters()}
+    zeros = params["exported"] - params["source"]
     notes = [f"{-zeros:,} parameters of zeros left out"] if zeros < 0 else []
+    notes += [f"{zeros:,} parameters are zeros that make all layers equally wide"] if zeros > 0 else []
     notes += [note] if (note := class_note(source.model, made)) else []
     difference = checkpoints.logit_difference(source.model, made)
     facts = {"to": to, "class": type(made).__name__, "zeros": zeros, "max_logit_difference_to_source": difference}
-    results["export"] = facts | {"notes": notes}
-    checkpoints.write(made, folder, tokenizer=source.tokenizer, results=results, base=source)
-    results["parity"] = checkpoints.verify_in_fresh_process(folder, made, source.tokenizer).to_json()
+    checkpoints.write(made, folder, tokenizer=source.tokenizer, base=source)
+    parity = checkpoints.verify_in_fresh_process(folder, made, source.tokenizer)
+    form = replace(checkpoint_form(made), notes=tuple(notes))
+    return form, {"params": params, "export": facts | {"notes": notes}, "parity": parity.to_json()}
 
 
-def _gguf(source: Checkpoint, folder: Path, dtype: str) -> Results:
+def _gguf(source: Checkpoint, folder: Path, dtype: str) -> tuple[Form, Results]:
     """A GGUF file, compared with llama.cpp if that is installed."""
     done = export_gguf(source.model, source.tokenizer, folder / GGUF_FILE, dtype)
-    checked = "How it was checked" if llama_cpp.available() else "Not verified; why"
-    card = GGUF_CARD.format(
-        base=source.source, name=type(source.model).__name__, parameters=done.parameters, dtype=dtype, arch=done.arch,
-        file=GGUF_FILE, checked=checked,
-    )  # fmt: skip
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    what = f"GGUF file for llama.cpp, architecture `{done.arch}`, {dtype}"
+    form = Form(what, done.parameters, GGUF_USE.format(file=GGUF_FILE), "llama.cpp", ("gguf",), done.notes)
     facts = {"to": "gguf", "arch": done.arch, "dtype": dtype, "bytes": done.bytes, "notes": list(done.notes)}
     params = {"source": source.model.num_parameters(), "exported": done.parameters}
     if not llama_cpp.available():
-        return {"params": params, "export": facts, "parity": None, "parity_reason": llama_cpp.NOT_VERIFIED}
+        unchecked = {"parity": None, "parity_reason": llama_cpp.NOT_VERIFIED}
+        return form, {"params": params, "export": facts, **unchecked}
     ids, text = probe(source.model, source.tokenizer)
     prompt = ids[0, : max(1, done.context - llama_cpp.NEW_TOKENS - 1)].tolist()
     parity = compare(done.path, source.model, prompt, dtype)
@@ -138,10 +130,11 @@ def _gguf(source: Checkpoint, folder: Path, dtype: str) -> Results:
             f"llama.cpp computes something else from the file just written, so it was removed: {disagreement}"
         )
     compared: dict[str, Any] = {k: v for k, v in asdict(parity).items() if k != "continuation"}
-    return {"params": params, "export": facts, "parity": compared | {"text": text, "process": "llama.cpp"}}
+    compared |= {"text": text, "process": "llama.cpp", "xllamacpp": version("xllamacpp")}
+    return form, {"params": params, "export": facts, "parity": compared}
 
 
-def _vllm(source: Checkpoint, folder: Path, output: Path) -> Results:
+def _vllm(source: Checkpoint, folder: Path, output: Path) -> tuple[Form, Results]:
     """A checkpoint in the layout of vLLM, which cannot be run here: the tensors are read back and compared."""
     inside = folder / "checkpoint"
     done = export_vllm(source.model, inside, tokenizer=source.tokenizer)
@@ -151,7 +144,8 @@ def _vllm(source: Checkpoint, folder: Path, output: Path) -> Results:
     notes = [note.replace(str(inside), str(output)) for note in done.notes]
     facts = {"to": "vllm", "layout": done.layout, "padding": done.padded_parameters, "notes": notes}
     params = {"source": source.model.num_parameters(), "exported": done.parameters}
-    if done.layout != "transformers":
-        return {"params": params, "export": facts, "parity": None, "parity_reason": READ_BACK}
+    form = vllm_form(source.model, done)
+    if done.layout != STOCK_LAYOUT:
+        return form, {"params": params, "export": facts, "parity": None, "parity_reason": READ_BACK}
     parity = checkpoints.verify_in_fresh_process(folder, source.model, source.tokenizer)
-    return {"params": params, "export": facts, "parity": parity.to_json()}
+    return form, {"params": params, "export": facts, "parity": parity.to_json()}
