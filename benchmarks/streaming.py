@@ -10,8 +10,10 @@ FFN channels and KV groups. Then, in turn:
     copy   the same bytes without cutting: the input is read once, and the files that the cut wrote are copied.
 
 Both begin with nothing of the files in the page cache (posix_fadvise) and end when the data is on the disk (fsync).
-`ratio` is the time of reading, cutting and writing to the time of `copy`; `ratio_whole` counts all that comes before as
-well: the hash of the input (a second read of it), discovery, and the proof of the cut on a small model.
+`ratio` is the time of reading, cutting and writing to the time of `copy`, while the input is hashed in another thread;
+`ratio_whole` counts all that `cut_streaming` does: discovery, the proof of the cut on a small model, and what is left
+of the hash. The check of the result comes after that and is timed by itself (`verify_seconds`): every tensor is read
+again and compared with the input, and a fresh process finds the names and shapes; under the limit, no logits.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur as sc
-from secateur.checkpoint import cut_streaming, stream
+from secateur.checkpoint import cut_streaming, stream, verify_streamed
 from secateur.checkpoint.names import names_to_write
 from secateur.checkpoint.shards import Shards, Written, divided, write_index
 from secateur.checkpoint.tensorfiles import Cut, Stored, header_bytes
@@ -152,15 +154,21 @@ def limited_cut(source: Path, plan: Path, out: Path, limit: int) -> dict[str, An
     to_disk(source)
     out.mkdir()
     begin = time.perf_counter()
-    report = cut_streaming(source, PruningPlan.load(plan), out, progress=False)
+    replayed = PruningPlan.load(plan)
+    report = cut_streaming(source, replayed, out, progress=False)
+    after = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    check = verify_streamed(report, source, replayed, out)
     return {
         "after_imports": before,
         "limit_bytes": limit,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_rss_bytes": peak,
         "bytes_read": report.bytes_read,
         "bytes_written": report.bytes_written,
         "cut_seconds": spent[0],
-        "whole_seconds": time.perf_counter() - begin,
+        "whole_seconds": after - begin,
+        "verify_seconds": time.perf_counter() - after,
+        "check": check.text,
     }
 
 

@@ -13,10 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import make
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config
 
 from secateur import checkpoint
-from secateur.checkpoint import load, load_skeleton, output_folder, save, verify_reload
+from secateur.checkpoint import folders, load, load_skeleton, output_folder, save, verify_reload
 from secateur.errors import CheckpointError
 from secateur.plan import PruningPlan
 
@@ -173,6 +174,98 @@ def test_kill_in_the_middle_leaves_no_folder_of_that_name(tmp_path):
     process.wait()
     time.sleep(0.1)
     assert not (tmp_path / "out").exists()
+
+
+KILLED_AT_ANY_LINE = """
+import importlib.util, os, sys
+from pathlib import Path
+
+place, exchange = Path(sys.argv[1]), sys.argv[2] == "exchange"
+spec = importlib.util.spec_from_file_location("folders", sys.argv[3])  # without torch, which makes forks slow
+spec.loader.exec_module(folders := importlib.util.module_from_spec(spec))
+folders.JUST_MADE = -1
+if not exchange:
+    folders._exchange = lambda *_: False
+
+def overwrite():
+    with folders.output_folder(place / "out", overwrite=True) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text("new")
+
+def kill_at(line):
+    left = line
+    def trace(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_filename != folders.__file__ and frame.f_code.co_filename != shutil_file:
+            return None
+        left -= event == "line"
+        if left < 0:
+            os._exit(9)
+        return trace
+    sys.settrace(trace)
+
+shutil_file = folders.shutil.__file__
+outcomes, line, code = set(), 0, 9
+while code == 9:
+    folders._remove(place / "out")
+    (place / "out").mkdir()
+    for name in ("a", "b"):
+        (place / "out" / name).write_text("old")
+    if (child := os.fork()) == 0:
+        kill_at(line)
+        overwrite()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    found = sorted(f.read_text() for f in place.glob("out/*"))
+    if exchange:
+        assert found in (["old"] * 2, ["new"] * 2), (line, found)
+    try:
+        with folders.output_folder(place / "out", overwrite=True):
+            raise KeyError
+    except KeyError:
+        pass
+    assert [f.name for f in place.iterdir()] == ["out"], (line, list(place.iterdir()))
+    left = sorted(f.read_text() for f in place.glob("out/*"))
+    assert left in ([found] if found else [["old"] * 2, ["new"] * 2]), (line, found, left)
+    outcomes.add((*found, "then", *left))
+    line += 1
+assert code == 0 and line > 50, (code, line)
+print(sorted(outcomes))
+"""
+
+
+@pytest.mark.parametrize("way", ["exchange", "two renames"])
+def test_kill_at_any_line_of_overwriting_leaves_the_old_folder_or_the_new_one(way, tmp_path):
+    command = [sys.executable, "-c", KILLED_AT_ANY_LINE, str(tmp_path), way, folders.__file__]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert ("('then', 'old', 'old')" in done.stdout) == (way == "two renames")
+    assert "('old', 'old', 'then', 'old', 'old')" in done.stdout
+    assert "('new', 'new', 'then', 'new', 'new')" in done.stdout
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_files_and_links_are_replaced_too(exchange, tmp_path, monkeypatch):
+    if not exchange:
+        monkeypatch.setattr("secateur.checkpoint.folders._exchange", lambda *_: False)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "keep").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    for name in ("file", "link"):
+        with output_folder(tmp_path / name, overwrite=True) as folder:
+            (folder / "new").write_text("x")
+        assert (tmp_path / name / "new").exists() and not (tmp_path / name).is_symlink()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["file", "link", "other"]
+    assert (tmp_path / "other" / "keep").exists()
+
+
+def test_a_full_disk_that_only_the_text_of_an_error_tells(tmp_path):
+    with pytest.raises(CheckpointError, match="no space left while writing"), output_folder(tmp_path / "out"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError, match="5"), output_folder(tmp_path / "out"):
+        raise SafetensorError("Error while serializing: I/O error: Input/output error (os error 5)")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_others_may_read_what_was_written(trained, tmp_path):

@@ -5,12 +5,14 @@ import json
 import math
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import gguf
 import pytest
 import torch
 from families import make
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_per_layer import GROUPED, built, cut, uneven_plan, with_vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -353,6 +355,34 @@ def test_the_card_says_what_was_done_before(secateur, with_a_past, tmp_path, for
     assert results["before"]["before"]["model"]["source"] == "org/dense"
     assert "log" not in results["before"]["recovery"]
     assert (tmp_path / "o" / "plan.json").read_bytes() == (with_a_past / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("to", ["padded", "gguf", "vllm"])
+def test_room_on_the_disk_is_looked_at_before_writing(secateur, folder, tmp_path, monkeypatch, to):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000))
+    code, _, err = secateur("export", folder, "-o", tmp_path / "o", "--to", to)
+    assert code == 2 and "GB are needed" in err and "nothing was written: make room" in err
+    assert not list(tmp_path.iterdir())
+
+
+FULL = {
+    "padded": ("transformers.modeling_utils.safe_save_file", SafetensorError("I/O error: full (os error 28)")),
+    "gguf": ("gguf.GGUFWriter.write_tensor_data", OSError("4096 requested and 17 written")),
+    "vllm": ("huggingface_hub.save_torch_state_dict", SafetensorError("I/O error: full (os error 28)")),
+}
+
+
+@pytest.mark.parametrize("to", FULL)
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(secateur, folder, tmp_path, monkeypatch, to):
+    place, error = FULL[to]
+
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(place, full)
+    code, _, err = secateur("export", folder, "-o", tmp_path / "o", "--to", to)
+    assert code == 2 and ("no space left while writing" in err or "is the disk full?" in err), err
+    assert "nothing was written" in err and not list(tmp_path.iterdir())
 
 
 def test_wrong_words(secateur, folder, tmp_path):

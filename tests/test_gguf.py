@@ -318,6 +318,16 @@ def test_a_full_disk_leaves_nothing_behind(tokenizer, tmp_path, monkeypatch, fai
     assert not list((tmp_path / "folder").iterdir())
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0"])
+def test_the_room_looked_for_is_the_size_of_the_file(dtype, tokenizer, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(writing, "check_space", lambda folder, needed: asked.append((folder, needed)))
+    model = built("llama", hidden_size=96, intermediate_size=256, vocab_size=len(tokenizer), **TIED)
+    done = export_gguf(model, tokenizer, tmp_path / "model.gguf", dtype)
+    ((folder, needed),) = asked
+    assert folder == tmp_path and done.bytes - 8000 < needed <= done.bytes  # names and settings
+
+
 def test_weights_beyond_float16(tokenizer, tmp_path):
     model = built("llama")
     with torch.no_grad():

@@ -1,8 +1,11 @@
 """Cutting a checkpoint tensor by tensor gives the files that loading, cutting and saving it gives, and is as safe."""
 
 import errno
+import inspect
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,24 +13,37 @@ import sys
 import time
 import tracemalloc
 from collections import namedtuple
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import zoo
 from families import make
+from huggingface_hub.serialization._base import parse_size_to_int
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from secateur.checkpoint import cut_streaming, output_folder
+from secateur.checkpoint import (
+    SHARD_SIZE,
+    cut_streaming,
+    memory,
+    output_folder,
+    reload_process,
+    streamed,
+    verify_streamed,
+)
 from secateur.checkpoint import stream as streaming
+from secateur.checkpoint.parity import probed
 from secateur.checkpoint.shards import INDEX
+from secateur.checkpoint.streamed import compare_tensors
 from secateur.checkpoint.tensorfiles import Cut, read_header
 from secateur.discovery import discover
-from secateur.errors import CheckpointError, PlanError, StreamingError
+from secateur.errors import CheckpointError, ParityError, PlanError, StreamingError
 from secateur.plan import PruningPlan
 from secateur.surgery import slice
 
@@ -84,6 +100,8 @@ def test_files_are_those_of_cutting_in_memory(family, tmp_path):
     assert contents(tmp_path / "streamed") == contents(tmp_path / "sliced")
     assert report.pruned == small.num_parameters() == report.model.num_parameters()
     assert report.dense == model.num_parameters()
+    compare_tensors(report, tmp_path / "streamed")
+    reload_process.main(str(tmp_path / "streamed"), "auto", "meta", "plain")
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
@@ -93,7 +111,9 @@ def test_experts_that_lie_one_by_one_on_disk(model_type, tmp_path):
     assert any(".experts.3." in name for name in on_disk)
     groups = discover(model)
     plan = scattered_plan(groups, ("expert", "expert_channel"))
-    stream(tmp_path / "dense", plan, tmp_path / "streamed")
+    report = stream(tmp_path / "dense", plan, tmp_path / "streamed")
+    compare_tensors(report, tmp_path / "streamed")
+    reload_process.main(str(tmp_path / "streamed"), "auto", "meta", "plain")
     slice(model, plan, groups).save_pretrained(tmp_path / "sliced")
     assert contents(tmp_path / "streamed") == contents(tmp_path / "sliced")
 
@@ -113,7 +133,8 @@ def test_widths_that_differ_by_layer_and_cutting_again(tmp_path):
         )
         groups = discover(model)
         plan = uneven_plan(groups, kinds)
-        stream(source, plan, tmp_path / name)
+        compare_tensors(stream(source, plan, tmp_path / name), tmp_path / name)
+        reload_process.main(str(tmp_path / name), "auto", "meta", "trust")
         slice(model, plan, groups).save_pretrained(tmp_path / "sliced" / name)
         assert contents(tmp_path / name) == contents(tmp_path / "sliced" / name)
     assert (tmp_path / "second" / "modeling_per_layer.py").exists()
@@ -344,11 +365,129 @@ def test_prune_with_a_plan_does_not_load_the_model(secateur, checkpoint_folder, 
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["surgery"] == "streaming" and results["streaming"]["bytes_written"] > 0
     assert "logits" in results["streaming"]["check"] and results["streaming"]["seconds"] >= 0
+    assert results["parity"]["max_logit_difference"] == 0.0 and results["parity"]["text"].startswith("the first tokens")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert results["params"]["pruned"] == model.num_parameters() < results["params"]["dense"]
     assert PruningPlan.load(tmp_path / "out" / "plan.json").provenance["model_sha256"] == results["model"]["sha256"]
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (checkpoint_folder / "tokenizer.json").read_bytes()
     assert "license: mit" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_each_tensor_is_compared_with_its_part_of_the_input(dense, plan, tmp_path, monkeypatch):
+    report = stream(dense, plan, tmp_path / "out")
+    monkeypatch.setattr(streamed, "BLOCK", 500)  # so that tensors are compared in several steps
+    compare_tensors(report, tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    whole = file.read_bytes()
+    for name, stored in read_header(file).items():
+        last = stored.offset + Cut(stored, {}).nbytes - 1
+        file.write_bytes(whole[:last] + bytes([whole[last] ^ 1]) + whole[last + 1 :])
+        with pytest.raises(ParityError, match=rf"{re.escape(name)} as just written is not what the input holds"):
+            compare_tensors(report, tmp_path / "out")
+
+
+def changed(folder, to, change):
+    """A copy of a checkpoint in one file with other tensors."""
+    shutil.copytree(folder, to)
+    file = to / "model.safetensors"
+    save_file(change(load_file(file)), file, {"format": "pt"})
+    return to
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {n: t for n, t in s.items() if n != "model.norm.weight"}, r"missing keys: model\.norm\.weight"),
+        (lambda s: s | {"one.more": torch.zeros(1)}, r"unexpected keys: one\.more"),
+        (lambda s: s | {"model.norm.weight": torch.zeros(3)}, r"mismatched keys: .*model\.norm\.weight"),
+        (lambda s: s | {"lm_head.weight": s["model.embed_tokens.weight"] + 1}, r"not tied: lm_head\.weight"),
+    ],
+)
+def test_what_does_not_load_as_a_whole_is_told(dense, plan, tmp_path, change, message):
+    stream(dense, plan, tmp_path / "out")
+    folder = changed(tmp_path / "out", tmp_path / "changed", change)
+    with pytest.raises(SystemExit, match=message):
+        reload_process.main(str(folder), "auto", "meta", "plain")
+
+
+def test_logits_are_compared_where_memory_allows(dense, plan, tmp_path, monkeypatch):
+    report = stream(dense, plan, tmp_path / "out")
+    check = verify_streamed(report, dense, plan, tmp_path / "out")
+    assert check.parity.max_logit_difference == 0.0 and check.parity.process == "fresh"
+    assert check.parity.perplexity_before == check.parity.perplexity_after and "its logits compared" in check.text
+    known = probed(slice(AutoModelForCausalLM.from_pretrained(dense), plan), None)
+    monkeypatch.setattr(streamed, "_cut_in_memory", lambda *_: known)
+    monkeypatch.setattr(streamed, "compare_tensors", lambda *_: None)
+    other = changed(tmp_path / "out", tmp_path / "other", lambda s: {n: t * 1.01 for n, t in s.items()})
+    with pytest.raises(ParityError, match="gives other logits"):
+        verify_streamed(report, dense, plan, other)
+
+
+def test_why_logits_were_not_compared(dense, plan, tmp_path, monkeypatch):
+    report = stream(dense, plan, tmp_path / "out")
+    monkeypatch.setattr(streamed, "load_in_fresh_process", lambda *_: None)
+    ended = namedtuple("ended", "returncode stderr")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended(-9, ""))
+    check = verify_streamed(report, dense, plan, tmp_path / "out")
+    assert check.parity is None and "were not compared" in check.text and "ended early (exit code -9)" in check.text
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended(2, "no class fits"))
+    with pytest.raises(ParityError, match=r"cannot be cut so after loading it \(no class fits\)"):
+        verify_streamed(report, dense, plan, tmp_path / "out")
+
+
+def test_without_memory_for_logits_the_reason_is_told(secateur, checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(streamed, "available_memory", lambda: 10**8)
+    groups = discover(make("llama", hidden_size=48, intermediate_size=96, num_hidden_layers=3))
+    scattered_plan(groups, ("ffn_channel",)).save(tmp_path / "plan.json")
+    code, out, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    reason = "loading the model and cutting it takes 1.6 GB of memory, and 0.1 GB are available"
+    assert "parity" not in results and results["timing"]["verify_s"] > 0
+    for text in (results["streaming"]["check"], (tmp_path / "out" / "README.md").read_text(), out.replace("\n", " ")):
+        assert "every tensor was read again" in text and reason in text
+
+
+def test_what_fails_its_check_is_removed(secateur, dense, plan, tmp_path, monkeypatch):
+    write = streaming.write_shards
+
+    def and_damage(folder, *arguments):
+        write(folder, *arguments)
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+    monkeypatch.setattr(streaming, "write_shards", and_damage)
+    plan.save(tmp_path / "plan.json")
+    code, _, err = secateur("prune", dense, "-o", tmp_path / "out", "--plan", tmp_path / "plan.json")
+    assert code == 1 and "is not what the input holds; removed" in err
+    assert [f.name for f in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_shards_are_as_large_as_those_of_transformers():
+    default = inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
+    assert parse_size_to_int(default) == SHARD_SIZE
+
+
+def test_memory_left_by_limits_and_control_groups(tmp_path, monkeypatch):
+    def group(folder, names, limit, usage, inactive):
+        folder.mkdir(parents=True, exist_ok=True)
+        stat = f"{names[2]} {inactive}\nanon 3"
+        for name, text in zip((*names[:2], "memory.stat"), (limit, usage, stat), strict=True):
+            (folder / name).write_text(f"{text}\n")
+
+    for folder in ("unlimited", "v2", "v1"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "cgroup").write_text("4:memory:/a/b\n3:cpu:/a\n0::/job/step\n")
+    group(tmp_path / "v2" / "job", memory.FILES[""], 5000, 3000, 400)
+    group(tmp_path / "v2" / "job" / "step", memory.FILES[""], "max", 3000, 0)
+    group(tmp_path / "v1" / "memory" / "a" / "b", memory.FILES["memory"], 9000, 3000, 1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8000))
+    for folder, left in (("unlimited", 8000), ("v2", 2400), ("v1", 7000)):
+        monkeypatch.setattr(memory, "CGROUPS", tmp_path / folder)
+        monkeypatch.setattr(memory, "MEMBERSHIP", tmp_path / folder / "cgroup")
+        assert memory.available_memory() == left
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (6000 if which == resource.RLIMIT_DATA else -1, -1))
+    assert memory.available_memory() == 6000
 
 
 def test_what_cannot_be_cut_tensor_by_tensor_is_loaded(secateur, tmp_path):

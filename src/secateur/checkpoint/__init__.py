@@ -2,7 +2,7 @@
 
 from secateur.checkpoint.adapted import save_adapted
 from secateur.checkpoint.card import Form, checkpoint_form
-from secateur.checkpoint.folders import output_folder
+from secateur.checkpoint.folders import check_space, output_folder
 from secateur.checkpoint.lineage import WRITERS, carried_plan, earlier
 from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton, quantisation
 from secateur.checkpoint.parity import (
@@ -12,18 +12,23 @@ from secateur.checkpoint.parity import (
     verify_in_fresh_process,
     verify_reload,
 )
-from secateur.checkpoint.saving import save, write, write_about
+from secateur.checkpoint.saving import save, weight_bytes, write, write_about
+from secateur.checkpoint.shards import SHARD_SIZE
 from secateur.checkpoint.stream import StreamReport, cut_streaming
+from secateur.checkpoint.streamed import StreamCheck, verify_streamed
 
 __all__ = [
     "BUNDLED",
+    "SHARD_SIZE",
     "WRITERS",
     "Checkpoint",
     "Form",
     "Parity",
+    "StreamCheck",
     "StreamReport",
     "carried_plan",
     "check_same_logits",
+    "check_space",
     "checkpoint_form",
     "checkpoint_sha256",
     "cut_streaming",
@@ -37,6 +42,8 @@ __all__ = [
     "save_adapted",
     "verify_in_fresh_process",
     "verify_reload",
+    "verify_streamed",
+    "weight_bytes",
     "write",
     "write_about",
 ]

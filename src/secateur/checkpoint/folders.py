@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import glob
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from secateur.errors import CheckpointError
 
 JUST_MADE = 10.0  # seconds in which a folder may not be locked yet
+FULL = (errno.ENOSPC, errno.EDQUOT)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux
 
 
 @contextmanager
 def output_folder(output: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `output` if the block succeeds, and vanishes if it does not.
 
-    It is locked while the block runs, so that what a killed process left behind is told apart and removed.
+    It is locked while the block runs, so that what a killed process left behind is told apart and removed. A kill at
+    any moment leaves either what was there before, or the new folder whole. Where the system cannot exchange two
+    folders in one step, what was there before may be left under another name; the next run puts it back.
 
     Raises:
         CheckpointError: `output` exists and is not empty (unless `overwrite`), or cannot be written.
     """
     output = Path(output)
+    _put_back(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
         raise CheckpointError(f"{output} exists and is not empty; choose another folder or pass --overwrite")
     try:
@@ -41,12 +48,12 @@ def output_folder(output: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         yield temporary
         _readable(temporary)
         _replace(temporary, output)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        if disk_is_full(error):
             raise CheckpointError(f"no space left while writing {output}; nothing was written") from error
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if lock is not None:
             os.close(lock)
 
@@ -61,17 +68,24 @@ def _readable(folder: Path) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Make sure that so many bytes can be written.
+    """Make sure that so many bytes can be written into an existing folder.
 
     Raises:
         CheckpointError: the disk has less room.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
+        disk = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_mount())
         raise CheckpointError(
-            f"{needed / 1e9:,.2f} GB are needed in {folder.parent}, and {free / 1e9:,.2f} GB are free; nothing was "
-            "written: make room, or write to another disk"
+            f"{needed / 1e9:,.2f} GB are needed on the disk mounted at {disk}, and {free / 1e9:,.2f} GB are free; "
+            "nothing was written: make room, or write to another disk"
         )
+
+
+def disk_is_full(error: Exception) -> bool:
+    """Whether an error says so: by its number, or, as safetensors does, in its text alone."""
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) in FULL or (number is not None and int(number[1]) in FULL)
 
 
 def _prefix(output: Path) -> str:
@@ -100,16 +114,62 @@ def _remove_leftovers(output: Path) -> None:
         except OSError:  # gone meanwhile, or not ours
             continue
         if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
             os.close(lock)
 
 
 def _replace(temporary: Path, output: Path) -> None:
-    """Rename, moving an existing folder out of the way first."""
-    if output.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-        output.replace(old / "old")
+    """Rename; an existing folder takes the temporary name in the same step, or is moved out of the way first."""
+    if not output.exists():
         temporary.replace(output)
-        shutil.rmtree(old, ignore_errors=True)
+    elif not _exchange(temporary, output):
+        before = _before(output)
+        _remove(before)
+        lock = _lock(output)  # so that no other process puts it back
+        output.replace(before)
+        try:
+            temporary.replace(output)
+        except OSError:
+            before.replace(output)
+            raise
+        _remove(before)
+        if lock is not None:
+            os.close(lock)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths swap what they name, in one step; False where system or file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, TypeError, AttributeError):
+        return False
+    return bool(rename(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0)
+
+
+def _before(output: Path) -> Path:
+    """Where the old folder is between two renames."""
+    return output.with_name(f".{output.name}.before-overwrite")
+
+
+def _put_back(output: Path) -> None:
+    """Give an old folder the name again that a process killed between two renames took from it; remove a replaced one.
+
+    Not while that process lives.
+    """
+    before = _before(output)
+    with suppress(OSError):
+        if before.exists() and (lock := _lock(before)) is not None:
+            if output.exists():
+                _remove(before)
+            else:
+                before.replace(output)
+            os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all in it, or a file, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        temporary.replace(output)
+        with suppress(OSError):
+            path.unlink()

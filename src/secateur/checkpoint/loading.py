@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -248,12 +252,33 @@ def quantisation(config: PreTrainedConfig) -> str | None:
     return str(getattr(method, "value", method))
 
 
-def checkpoint_sha256(folder: Path) -> str:
-    """Hash of config.json and all safetensors files of a folder, in name order."""
+def checkpoint_sha256(folder: Path, stop: Event | None = None) -> str:
+    """Hash of config.json and all safetensors files of a folder, in name order.
+
+    Args:
+        stop: give up when it is set.
+
+    Raises:
+        CancelledError: it was set.
+    """
     digest = hashlib.sha256()
     for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
         digest.update(file.name.encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
+                if stop is not None and stop.is_set():
+                    raise CancelledError
     return digest.hexdigest()
+
+
+@contextmanager
+def hashing(folder: Path) -> Iterator[Future[str]]:
+    """The hash of a checkpoint folder, found while the block runs; given up if that fails."""
+    stop = Event()
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool.submit(checkpoint_sha256, folder, stop)
+        except BaseException:
+            stop.set()
+            raise

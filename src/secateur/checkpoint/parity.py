@@ -52,6 +52,21 @@ class Parity:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Probed:
+    """What a model computes on the probe.
+
+    Attributes:
+        ids: [1, length].
+        text: what they are.
+        logits: [1, length, vocab].
+    """
+
+    ids: Tensor
+    text: str
+    logits: Tensor
+
+
 def verify_in_fresh_process(
     folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Parity:
@@ -60,28 +75,50 @@ def verify_in_fresh_process(
     Raises:
         ParityError: it does not load, or gives other logits.
     """
-    ids, text = probe(model, tokenizer)
-    wanted = _logits(model, ids)
-    # a class that comes with the checkpoint must load from there
-    trust = "trust" if "auto_map" in json.loads((folder / "config.json").read_text()) else "plain"
+    return compared(folder, probed(model, tokenizer), str(model.dtype).removeprefix("torch."), str(model.device))
+
+
+def compared(folder: Path, wanted: Probed, dtype: str, device: str) -> Parity:
+    """How a model and what a fresh process loads from `folder` compare.
+
+    Args:
+        dtype: to load in; `auto` for that of the configuration.
+
+    Raises:
+        ParityError: it does not load, or gives other logits.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         given, found = Path(scratch) / "ids.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"ids": ids.cpu()}, given)
-        facts = (str(model.dtype).removeprefix("torch."), str(model.device), trust)
-        done = subprocess.run(
-            [sys.executable, "-P", str(SCRIPT), str(folder), str(given), str(found), *facts],
-            capture_output=True,
-            text=True,
+        save_file({"ids": wanted.ids.cpu()}, given)
+        load_in_fresh_process(folder, dtype, device, given, found)
+        logits = load_file(found)["logits"].to(wanted.logits.device)
+    if logits.dtype != wanted.logits.dtype:
+        raise ParityError(f"the checkpoint just written computes {logits.dtype}, not {wanted.logits.dtype}; removed")
+    difference = _checked_difference(wanted.logits, logits)
+    before, after = _perplexity(wanted.logits, wanted.ids), _perplexity(logits, wanted.ids)
+    return Parity(difference, before, after, wanted.ids.shape[1], wanted.text)
+
+
+def load_in_fresh_process(folder: Path, dtype: str, device: str, *files: Path) -> None:
+    """Run `reload_process.py`; with the device `meta` and no files only names, shapes and ties are looked at.
+
+    Raises:
+        ParityError: the folder does not load.
+    """
+    # a class that comes with the checkpoint must load from there
+    trust = "trust" if "auto_map" in json.loads((folder / "config.json").read_text()) else "plain"
+    command = [sys.executable, "-P", SCRIPT, folder, dtype, device, trust, *files]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        raise ParityError(
+            f"the checkpoint just written does not load in a fresh process, so it was removed: {last_words(done)}"
         )
-        if done.returncode:
-            said = done.stderr.strip().splitlines()
-            raise ParityError(
-                f"the checkpoint just written does not load in a fresh process, so it was removed: "
-                f"{said[-1] if said else f'exit code {done.returncode}'}"
-            )
-        logits = load_file(found)["logits"].to(wanted.device)
-    difference = _checked_difference(wanted, logits)
-    return Parity(difference, _perplexity(wanted, ids), _perplexity(logits, ids), ids.shape[1], text)
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed: the last line of its errors, or how it ended."""
+    said = done.stderr.strip().splitlines()
+    return said[-1] if said else f"exit code {done.returncode}"
 
 
 def verify_reload(folder: Path, model: PreTrainedModel) -> float:
@@ -134,6 +171,12 @@ def probe(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> 
         if found.shape[1] > 1 and int(found.max()) < vocabulary:
             return found.to(model.device), f"the first tokens of {PROBE_TEXT}"
     return torch.arange(length, device=model.device).remainder(vocabulary)[None], "consecutive token ids"
+
+
+def probed(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Probed:
+    """The probe and the model's logits on it."""
+    ids, text = probe(model, tokenizer)
+    return Probed(ids, text, _logits(model, ids))
 
 
 def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from secateur.checkpoint.folders import check_space, output_folder
 from secateur.checkpoint.lineage import copy_beside
 from secateur.checkpoint.loading import Checkpoint
 from secateur.checkpoint.parity import verify_reload
+from secateur.checkpoint.shards import SHARD_SIZE
 from secateur.errors import CheckpointError
 from secateur.packed import refuse_packed
 from secateur.plan import PruningPlan
@@ -62,12 +63,17 @@ def write(
     Raises:
         CheckpointError: the disk has no room for it.
     """
-    check_space(folder, sum(p.numel() * p.element_size() for p in model.parameters()))
-    model.save_pretrained(folder)
+    check_space(folder, weight_bytes(model))
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     if base is not None and base.folder is not None:
         copy_beside(base.folder, folder)
     elif tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """What the parameters take on the disk, tied ones counted once."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def write_about(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 INDEX = "model.safetensors.index.json"
+SHARD_SIZE = 50 * 10**9  # bytes; what `save_pretrained` of transformers 5 takes by itself
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 Shards = Mapping[str, list[tuple[str, Cut]]]  # file name -> its tensors in order
 
@@ -72,12 +73,12 @@ def _write(out: BinaryIO, written: Written, file: BufferedReader, advance: Calla
     """Copy what stays of one tensor."""
     for block in written.cut.blocks(file):
         if written.scalings:
-            block = _scaled(block, written)
+            block = scaled(block, written)
         out.write(np.ascontiguousarray(block).data.cast("B") if block.size else b"")
         advance(block.nbytes)
 
 
-def _scaled(block: NDArray[Any], written: Written) -> NDArray[Any]:
+def scaled(block: NDArray[Any], written: Written) -> NDArray[Any]:
     """The block after its scalings, computed in the dtype it is stored in."""
     integers = torch.from_numpy(block.view(f"i{block.itemsize}"))
     values = integers.view(FLOATS[written.cut.stored.dtype])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,9 @@ import torch
 from secateur.checkpoint.card import is_remote
 from secateur.checkpoint.folders import check_space
 from secateur.checkpoint.lineage import copy_beside, files_beside
-from secateur.checkpoint.loading import checkpoint_sha256, load_skeleton, refuse_quantised, weight_files
+from secateur.checkpoint.loading import hashing, load_skeleton, refuse_quantised, weight_files
 from secateur.checkpoint.names import Piece, names_to_write, pieces_on_disk
-from secateur.checkpoint.shards import FLOATS, INDEX, Shards, Written, divided, write_index, write_shards
+from secateur.checkpoint.shards import FLOATS, INDEX, SHARD_SIZE, Shards, Written, divided, write_index, write_shards
 from secateur.checkpoint.tensorfiles import Cut, Stored, header_bytes, read_header
 from secateur.discovery import discover
 from secateur.errors import CheckpointError, PlanError, StreamingError
@@ -34,12 +33,6 @@ from secateur.surgery.unloaded import UnloadedCut, unloaded_cut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-SHARD_SIZE = 50 * 10**9  # bytes; what transformers writes
-CHECK = (
-    "names, shapes and dtypes of the files are those that the class saves; the same kinds were cut in a small model of "
-    "the class, whose logits are those of the original without the removed units"
-)
 
 
 @dataclass(frozen=True)
@@ -55,7 +48,7 @@ class StreamReport:
         bytes_read: of the tensors that were cut, whole.
         bytes_written: of the weight files.
         seconds: spent on reading, cutting and writing.
-        check: how the result was checked; its logits were not.
+        tensors: name on disk -> what was written there.
     """
 
     source: PreTrainedModel
@@ -66,10 +59,10 @@ class StreamReport:
     bytes_read: int
     bytes_written: int
     seconds: float
-    check: str = CHECK
+    tensors: Mapping[str, Written]
 
     def to_json(self) -> dict[str, Any]:
-        names = ("bytes_read", "bytes_written", "seconds", "check")
+        names = ("bytes_read", "bytes_written", "seconds")
         return {name: getattr(self, name) for name in names}
 
 
@@ -82,7 +75,7 @@ def cut_streaming(
     trust_remote_code: bool = False,
     progress: bool = True,
 ) -> StreamReport:
-    """Fill the existing `folder` with the checkpoint `source` without what `plan` removes.
+    """Fill the existing `folder` with the checkpoint `source` without what `plan` removes; `verify_streamed` checks it.
 
     Tensors equal those of `slice` and `save_pretrained` bit for bit; each keeps the dtype it is stored in. Tied tensors
     are written once. What lies beside the weights (tokenizer, generation settings) is copied.
@@ -96,34 +89,33 @@ def cut_streaming(
         PlanError: the plan does not fit the model.
         CheckpointError: the source is damaged, or the disk has no room for the result.
     """
-    stored = stored_tensors(source)
-    skeleton = _skeleton(source, stored, trust_remote_code)
-    groups = discover(skeleton)
-    plan.check(groups)
-    kept = {n: k for n, k in plan.kept.items() if len(k) < groups.named(n).units}
-    with ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(checkpoint_sha256, source)  # reads everything, while the proof only computes
+    with hashing(source) as hashed:  # a second read, beside the first
+        stored = stored_tensors(source)
+        skeleton = _skeleton(source, stored, trust_remote_code)
+        groups = discover(skeleton)
+        plan.check(groups)
+        kept = {n: k for n, k in plan.kept.items() if len(k) < groups.named(n).units}
         try:
             target = unloaded_cut(skeleton, groups, kept)
         except PlanError as error:
             raise StreamingError(str(error)) from error
-    sha256 = hashed.result()
+        tensors = _layout(skeleton, groups, kept, target, stored)
+        shards = divided(tensors, max_shard_size)
+        beside = files_beside(source)
+        size = sum(len(header_bytes(shard)) + sum(cut.nbytes for _, cut in shard) for shard in shards.values())
+        check_space(folder, size + sum(f.stat().st_size for f in beside))
+        _write_settings(target.model, folder)
+        copy_beside(source, folder)
+        begin = time.perf_counter()
+        write_shards(folder, shards, tensors, progress)
+        seconds = time.perf_counter() - begin
+        write_index(folder, shards, target.model)
+        sha256 = hashed.result()
     plan.check_checkpoint(sha256)
-    tensors = _layout(skeleton, groups, kept, target, stored)
-    shards = divided(tensors, max_shard_size)
-    beside = files_beside(source)
-    size = sum(len(header_bytes(shard)) + sum(cut.nbytes for _, cut in shard) for shard in shards.values())
-    check_space(folder, size + sum(f.stat().st_size for f in beside))
-    _write_settings(target.model, folder)
-    copy_beside(source, folder)
-    begin = time.perf_counter()
-    write_shards(folder, shards, tensors, progress)
-    seconds = time.perf_counter() - begin
-    write_index(folder, shards, target.model)
     _verify(folder, shards, tensors)
     read = sum(t.nbytes for t in {w.cut.stored: Cut(w.cut.stored, {}) for w in tensors.values()}.values())
     counts = (groups.total_parameters, groups.remaining_parameters(kept))
-    return StreamReport(skeleton, target.model, sha256, *counts, read, size, round(seconds, 3))
+    return StreamReport(skeleton, target.model, sha256, *counts, read, size, round(seconds, 3), tensors)
 
 
 def stored_tensors(folder: Path) -> dict[str, Stored]:

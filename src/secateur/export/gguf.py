@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from secateur.checkpoint import check_space
 from secateur.errors import CheckpointError
 from secateur.export.gguf_layouts import Layout, choose, family_of
 from secateur.export.gguf_sizes import ZERO_FFN, Sizes, read_sizes
@@ -117,6 +118,7 @@ def export_gguf(
     types = _types(tensors, dtype)
     context, window_note = _context(sizes, layout)
     with _output_file(output, overwrite=overwrite) as file:
+        check_space(file.parent, _size(tensors, types) + words.nbytes)
         _write(file, _header(model, layout, sizes, context, words, dtype), tensors, types)
     return GGUFExport(
         arch=layout.arch,
@@ -246,6 +248,13 @@ def _write(
             writer.write_tensor_data(gguf.quantize(values, types[name]))
     finally:
         writer.close()
+
+
+def _size(tensors: Mapping[str, Piece], types: Mapping[str, GGMLQuantizationType]) -> int:
+    """Bytes of all tensors in the file, each filled up to a multiple of the alignment."""
+    from gguf import GGUF_DEFAULT_ALIGNMENT as ALIGNMENT
+
+    return sum(-(-_stored_bytes(piece, types[name]) // ALIGNMENT) * ALIGNMENT for name, piece in tensors.items())
 
 
 @contextmanager

@@ -60,6 +60,12 @@ class Vocabulary:
     chat_template: str | None
     notes: tuple[str, ...]
 
+    @property
+    def nbytes(self) -> int:
+        """Of its lists in the file: every text comes with 8 bytes for its length, every number takes 4."""
+        texts = (*self.tokens, *self.merges)
+        return sum(8 + len(text.encode()) for text in texts) + 4 * (len(self.types) + len(self.scores))
+
     def write(self, writer: GGUFWriter) -> None:
         """Add the metadata to a file."""
         writer.add_tokenizer_model(self.model)

@@ -164,7 +164,8 @@ def _export_nas(
     with checkpoint.output_folder(output, overwrite=overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         shutil.copy(configuration_decilm.__file__, folder)
-        save_torch_state_dict(tensors, folder)
+        checkpoint.check_space(folder, sum(tensor.nbytes for tensor in tensors.values()))
+        save_torch_state_dict(tensors, folder, max_shard_size=checkpoint.SHARD_SIZE)
         _read_back(model, folder)
         model.generation_config.save_pretrained(folder)
         if tokenizer is not None:

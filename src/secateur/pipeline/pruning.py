@@ -93,13 +93,16 @@ def _to_stream(recipe: Recipe) -> Path | None:
 
 def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bool) -> Results:
     """Replay a plan on a checkpoint folder tensor by tensor."""
-    replayed = PruningPlan.load(plan)
+    replayed, trust = PruningPlan.load(plan), recipe.model.trust_remote_code
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("cut")
         report = checkpoints.cut_streaming(
-            place, replayed, folder, trust_remote_code=recipe.model.trust_remote_code, progress=sys.stderr.isatty()
+            place, replayed, folder, trust_remote_code=trust, progress=sys.stderr.isatty()
         )
+        memory = peak_memory()  # the check maps the files, which counts as resident
+        clock.begin("verify")
+        check = checkpoints.verify_streamed(report, place, replayed, folder, trust_remote_code=trust)
         clock.end()
         name, kind = str(recipe.model.source), report.source.config.model_type
         source = Checkpoint(report.source, None, name, report.sha256, kind)
@@ -112,8 +115,10 @@ def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bo
         written = "per-layer" if is_per_layer(report.model) else found[0].name
         results["tier"] = {"chosen": written, "tiers": [t.to_json() for t in found]}
         results["class"] = {"name": type(report.model).__name__, "note": class_note(report.source, report.model)}
-        results |= {"surgery": "streaming", "streaming": report.to_json()}
-        results["timing"], results["memory"] = clock.seconds, peak_memory()
+        results |= {"surgery": "streaming", "streaming": report.to_json() | {"check": check.text}}
+        if check.parity is not None:
+            results["parity"] = check.parity.to_json()
+        results["timing"], results["memory"] = clock.seconds, memory
         form = checkpoints.checkpoint_form(report.model)
         checkpoints.write_about(form, folder, plan=_for(source, replayed), results=results, base=source)
     return results

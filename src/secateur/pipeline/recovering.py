@@ -46,6 +46,7 @@ def recover_checkpoint(
         clock.begin("load")
         source = load_model(recipe, folder_in, to_change=True)
         plan = checkpoints.carried_plan(source)
+        checkpoints.check_space(folder, checkpoints.weight_bytes(source.model))  # not only after hours of training
         results = header("recover", source, recipe)
         results["perplexity"] = {}
         corpora = [load_corpus(name, field=settings.field) for name in settings.data]
@@ -71,6 +72,8 @@ def recover_checkpoint(
             "log": outcome.log,
         }
         results["timing"], results["memory"] = clock.seconds, peak_memory()
+        adapter = sum(file.stat().st_size for file in outcome.adapter.rglob("*"))
+        checkpoints.check_space(folder, checkpoints.weight_bytes(outcome.model) + adapter)
         shutil.copytree(outcome.adapter, folder / "adapter")
         write_checked(outcome.model, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
