@@ -19,7 +19,7 @@ def rules_of(model):
     return can.ties, can.refused, [(r.families, r.fields, dict(r.pins), r.folds) for r in rules]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])  # plain, with a scalar to fold, with a tie
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])  # plain, no head_dim, a scalar to fold, a tie
 def test_rules_proven_on_a_narrow_twin_are_those_of_the_model(monkeypatch, tmp_path, family):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     sizes = {"n_embd": 96, "n_inner": 88} if family == "gpt2" else {"hidden_size": 96, "intermediate_size": 88}

@@ -314,7 +314,7 @@ class ConfigSolver:
         """What the target class builds after the rule's edit; None if it refuses."""
         model_class, config = target
         layers = {rule: kept[self._families[rule.families[0]][0].name]} if rule.follows_layers else {}
-        if not self._values(config).keys() >= rule.names:
+        if not self._values(config).keys() >= rule.reads:
             return None
         try:
             changes = scaled_fields(self._values(config), [(rule, share)], layers)

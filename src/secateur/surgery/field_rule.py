@@ -46,9 +46,9 @@ class FieldRule:
     folds: tuple[Fold, ...] = ()
 
     @property
-    def names(self) -> set[str]:
-        """Every field that it reads or writes."""
-        return {*self.fields, *self.pins, *self.lists, *self.indices, *self.prefixes, *self.suffixes}
+    def reads(self) -> set[str]:
+        """The fields that must be there; what is written with `pins` need not."""
+        return {*self.fields, *self.lists, *self.indices, *self.prefixes, *self.suffixes} - self.pins.keys()
 
     @property
     def follows_layers(self) -> bool:
