@@ -15,7 +15,9 @@ def test_shipped_recipes_are_valid_and_say_how_to_run_them(name):
 
 def test_the_papers_models_are_all_there():
     wanted = {"llama-7b", "vicuna-7b", "llama-2-7b", "llama-3-8b", "llama-3.1-8b"}
-    assert {f"llm-pruner/{n}" for n in wanted} | {"demo"} == set(list_recipes())
+    llama = {f"llama-{size}b" for size in (7, 13, 30, 65)}
+    names = {f"llm-pruner/{n}" for n in wanted} | {f"loraprune/{n}" for n in llama}
+    assert names | {"demo"} == set(list_recipes())
     recipe = load_recipe("llm-pruner/llama-7b")
     assert recipe.prune.unit_sparsity == 0.25 and recipe.prune.protect_first == 4 and recipe.prune.protect_last == 2
     assert recipe.recovery.learning_rate == 1e-4 and recipe.recovery.batch_size == 64

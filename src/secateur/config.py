@@ -29,9 +29,22 @@ class ModelSettings(Section):
 
 
 class MethodSettings(Section):
-    """Which method."""
+    """Which method, and what only methods know that prune while they train (on the data of `recovery`)."""
 
-    name: Literal["llm-pruner"] = "llm-pruner"
+    name: Literal["llm-pruner", "loraprune"] = "llm-pruner"
+    variant: Literal["lora", "grad", "magnitude"] = "lora"
+    normalise: bool = True
+    ema: float = Field(0.9, ge=0, lt=1)
+    frequency: int = Field(10, ge=1)
+    initial: float = Field(0.0, ge=0, lt=1)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    cooldown: float = Field(0.1, ge=0, lt=1)
+    compact_every: int | None = Field(None, ge=1)
+
+    @property
+    def trains(self) -> bool:
+        """Whether the method prunes while it trains."""
+        return self.name == "loraprune"
 
 
 class CalibrationSettings(Section):
@@ -120,6 +133,17 @@ class Recipe(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     benchmark: bool = False
     seed: int = 42
+
+    @property
+    def recovers(self) -> bool:
+        """Whether recovery is a stage of its own, after the cut."""
+        return self.recovery is not None and not self.method.trains
+
+    @model_validator(mode="after")
+    def _data_to_train_on(self) -> Recipe:
+        if self.method.trains and self.recovery is None:
+            raise ValueError(f"{self.method.name} prunes while it trains: give a recovery section (data, steps, ...)")
+        return self
 
 
 def parse_recipe(data: Any, origin: str = "recipe") -> Recipe:

@@ -157,6 +157,15 @@ class Groups(Sequence[Group]):
         """The same model with just its prunable groups of these kinds."""
         return replace(self, groups=self.of_kinds(kinds))
 
+    def kinds_in_blocks(self) -> tuple[str, ...]:
+        """FFN channels and heads, under the names they have here.
+
+        Where one KV head serves all queries, its query heads are the only heads there are.
+        """
+        has = {g.kind for g in self.groups}
+        heads = {"attention_head", "kv_group"} & has or {"query_head"}
+        return tuple(sorted({"ffn_channel", "expert_channel"} & has | heads))
+
     def families(self, kinds: Sequence[str]) -> dict[str, list[Group]]:
         """The prunable groups of these kinds, by family."""
         found: dict[str, list[Group]] = {}
@@ -220,3 +229,32 @@ class Groups(Sequence[Group]):
         """Number of parameters left when only the `kept` units stay (groups not named keep everything)."""
         shapes = self.remaining_shapes(kept)
         return sum(int(np.prod(s)) for n, s in shapes.items() if n not in self.buffers)
+
+    def after(self, kept: Kept) -> Groups:
+        """The groups of the model that keeps these units, by the names and in the order they have here.
+
+        Raises:
+            PlanError: layers or sublayers go, or groups overlap so that a unit would lose more positions than others.
+        """
+        if gone := self.removed_blocks(kept):
+            raise PlanError(f"{gone[0]} goes as a whole, so the groups that are left have other names")
+        positions, shapes = self.kept_positions(kept), self.remaining_shapes(kept)
+
+        def moved(member: Member, units: Sequence[int]) -> Member:
+            index = member.index[list(units)]
+            stay = positions.get(member.parameter, {}).get(member.dim)
+            if stay is None:
+                return replace(member, index=index)
+            alive = np.isin(index, stay)
+            if len(set(alive.sum(1).tolist())) > 1:
+                raise PlanError(f"units on {member.parameter} dimension {member.dim} would differ in size")
+            return replace(member, index=np.searchsorted(stay, index[alive]).reshape(len(units), -1))
+
+        left = []
+        for group in self.groups:
+            units = kept.get(group.name, range(group.units))
+            members = tuple(moved(m, units) for m in group.members)
+            stays = tuple(new for new, old in enumerate(units) if old in group.stays)
+            count = len(units) if group.members else group.units
+            left.append(replace(group, units=count, members=members, stays=stays))
+        return replace(self, groups=tuple(left), shapes=shapes)

@@ -72,6 +72,20 @@ def is_bitsandbytes_linear(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.nn.Linear8bitLt | library.nn.Linear4bit)
 
 
+def ready_to_train(model: nn.Module) -> None:
+    """Undo what running for inference leaves behind in 4-bit modules of bitsandbytes on some CPUs.
+
+    Their weights are reordered then, and reordered ones multiply without gradients, silently. Asking a module for its
+    state puts them back.
+    """
+    library: Any = sys.modules.get("bitsandbytes")
+    for module in model.modules() if library is not None else ():
+        if isinstance(module, library.nn.Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            if getattr(state, "packing_format_for_cpu", False):
+                module.state_dict()
+
+
 def _packed_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a module, its children aside, that hold matrices in another form."""
     for name, parameter in module.named_parameters(recurse=False):

@@ -117,6 +117,21 @@ class PruningPlan:
             units.setdefault(first_name, later.units[name])
         return PruningPlan(kept, units, {**self.provenance, **later.provenance})
 
+    def following(self, first: PruningPlan) -> PruningPlan:
+        """The plan for the model `first` leaves after which the same units are left as after this one.
+
+        Raises:
+            PlanError: this plan keeps a unit that `first` removes.
+        """
+        kept, units = {}, {}
+        for name, chosen in self.kept.items():
+            before = first.kept.get(name, tuple(range(self.units[name])))
+            place = {unit: number for number, unit in enumerate(before)}
+            if back := sorted(set(chosen) - place.keys()):
+                raise PlanError(f"unit {back[0]} of {name} was removed before, so it cannot be kept")
+            kept[name], units[name] = tuple(place[unit] for unit in chosen), len(before)
+        return PruningPlan(kept, units, self.provenance)
+
     def _name_before(self, name: str) -> str:
         """What this plan's model calls the group that the model it leaves calls `name`: layers move up."""
         for group, kept in self.kept.items():

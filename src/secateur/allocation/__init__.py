@@ -68,6 +68,7 @@ def allocate(
     feasible: Feasible | None = None,
     ties: Sequence[Sequence[str]] = (),
     multiples: Mapping[str, int] | None = None,
+    beyond: PruningPlan | None = None,
 ) -> PruningPlan:
     """Choose the units that stay.
 
@@ -83,6 +84,7 @@ def allocate(
             per parameter wherever they are (see `secateur.allocation.ranking.rank` for why per parameter).
         uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios, feasible, ties, multiples: see
             `Limits`.
+        beyond: a plan for the same groups; what it removes goes again, whatever its score.
 
     Returns:
         The plan; its provenance records these arguments, the sparsity and the share of each kind reached, under
@@ -95,7 +97,16 @@ def allocate(
         NonFiniteError: a score is NaN or infinite.
     """
     limits = Limits(
-        uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios or {}, feasible, ties, multiples or {}
+        uniform,
+        round_to,
+        protect_first,
+        protect_last,
+        layer_ratios,
+        kind_ratios or {},
+        feasible,
+        ties,
+        multiples or {},
+        beyond.kept if beyond else {},
     )
     kinds = list(dict.fromkeys([groups.named(name).kind for name in scores] if kinds is None else kinds))
     families, counts = _choose(groups, scores, budget, kinds, ranking, limits)
@@ -182,13 +193,15 @@ def _counts(
     else:
         assert budget.unit_sparsity is not None
         share, measure = budget.unit_sparsity, units_left(families)
-        whole = measure.at(start)
+        whole = measure.at(np.array([f.units for f in families], dtype=np.int64))
         if ranking == "local":
             counts = [f.counts[0] if f.fixed else f.count_for_share(share) for f in families]
             return np.array(counts, dtype=np.int64)
     target = whole * (1 - share)
     # half a parameter of slack: the fraction itself is only exact to rounding
     if measure.at(start) < target - 0.5:
+        if not any(f.fixed for f in families):  # an earlier plan, met to within one unit, went a little further
+            return start
         raise BudgetError(
             f"the shares asked for of layers or kinds alone remove {1 - measure.at(start) / whole:.4f}, "
             f"more than the budget's {share:g}"

@@ -137,9 +137,10 @@ def _family(members: list[Group], scores: Scores | None, limits: Limits, groups:
     scales = tuple(g.units // steps for g in members)
     values = [_checked_scores(g, scores) for g in members]
     protected = [_protected_blocks(g, limits, groups, stay) for g in members]
-    orders = [_removal_order(v, p) for v, p in zip(values, protected, strict=True)]
+    left = [list(limits.beyond.get(g.name, range(g.units))) for g in members]
+    orders = [_removal_order(v, p, u) for v, p, u in zip(values, protected, left, strict=True)]
     importance = np.sum([v[o].reshape(steps, -1).sum(1) for v, o in zip(values, orders, strict=True)], axis=0)
-    counts = np.arange(steps, 0, -1, dtype=np.int64)
+    counts = np.arange(min(len(u) // scale for u, scale in zip(left, scales, strict=True)), 0, -1, dtype=np.int64)
     family = Family(members[0].family, tuple(members), scales, counts, tuple(orders), importance)
     counts = _allowed_counts(family, limits, groups, max(len(p) for p in protected))
     return _with_ratio(replace(family, counts=counts), limits)
@@ -202,8 +203,8 @@ def _protected_blocks(group: Group, limits: Limits, groups: Groups, stay: Set[st
 
 
 def _allowed_counts(family: Family, limits: Limits, groups: Groups, protected: int) -> IndexArray:
-    """Counts from all steps down to the fewest that are possible. The class is asked about that one only: there may be
-    tens of thousands, and each answer takes it milliseconds."""
+    """Counts from where allocation starts down to the fewest that are possible. The class is asked about that one only:
+    there may be tens of thousands, and each answer takes it milliseconds."""
     allowed = family.counts >= max(1, protected)
     for group, scale in zip(family.groups, family.scales, strict=True):
         rounding = limits.round_to if group.kind in ROUNDED_KINDS else 1
@@ -212,7 +213,7 @@ def _allowed_counts(family: Family, limits: Limits, groups: Groups, protected: i
     fewer = family.counts[1:][allowed[1:]].tolist()
     while fewer and not family.expressible(fewer[-1], limits):
         fewer.pop()
-    return np.array([family.units, *fewer], dtype=np.int64)
+    return np.array([family.counts[0], *fewer], dtype=np.int64)
 
 
 def _alignment(group: Group, groups: Groups) -> int:
@@ -239,11 +240,11 @@ def _checked_scores(group: Group, scores: Scores | None) -> NDArray[np.float64]:
     return values
 
 
-def _removal_order(values: NDArray[np.float64], last: IndexArray) -> IndexArray:
-    """Units by ascending importance, equal ones by number, those in `last` at the end."""
+def _removal_order(values: NDArray[np.float64], last: IndexArray, left: Sequence[int]) -> IndexArray:
+    """Units by ascending importance, equal ones by number; those not `left` first, those in `last` at the end."""
     order = np.argsort(values, kind="stable")
-    late = np.isin(order, last)
-    return np.concatenate([order[~late], order[late]])
+    late, early = np.isin(order, last), ~np.isin(order, left)
+    return np.concatenate([order[early], order[~early & ~late], order[late]])
 
 
 def _with_ratio(family: Family, limits: Limits) -> Family:

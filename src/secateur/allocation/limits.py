@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from secateur.errors import BudgetError
+from secateur.groups import Kept
 
 Feasible = Callable[[str, int], bool]
 
@@ -27,6 +28,7 @@ class Limits:
             it is taken to express what it is.
         ties: for uniform output, families that the model's class can only cut by the same share.
         multiples: family -> a number that the units kept of its groups must be a multiple of, so that the class runs.
+        beyond: what an earlier plan keeps; nothing else may stay.
 
     Raises:
         BudgetError: a number is out of range.
@@ -41,6 +43,7 @@ class Limits:
     feasible: Feasible | None = None
     ties: Sequence[Sequence[str]] = ()
     multiples: Mapping[str, int] = field(default_factory=dict)
+    beyond: Kept = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.round_to < 1:

@@ -11,7 +11,7 @@ from secateur.checkpoint.parity import check_same_logits, verify_reload
 from secateur.checkpoint.saving import write, write_about
 from secateur.errors import CheckpointError
 from secateur.plan import PruningPlan
-from secateur.surgery.adapters import base_model, unsupported
+from secateur.surgery.adapters import base_model, packed_base, unsupported
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,7 +39,7 @@ def save_adapted(
     """
     from peft import PeftModel as AnyPeftModel
 
-    if reason := unsupported(model):
+    if reason := unsupported(model) or packed_base(model):
         raise CheckpointError(reason)
     with output_folder(output, overwrite=overwrite) as folder:
         base = base_model(model)

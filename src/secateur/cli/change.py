@@ -27,7 +27,7 @@ def prune(
     model: Model,
     output: Output,
     sparsity: Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = None,
-    method: Annotated[str | None, typer.Option(help="llm-pruner")] = None,
+    method: Annotated[str | None, typer.Option(help="llm-pruner, or loraprune (prunes while it trains)")] = None,
     mode: Annotated[str | None, typer.Option(help="block-wise, channel-wise or layer-wise")] = None,
     kinds: Annotated[
         str | None,
@@ -60,8 +60,18 @@ def prune(
     plan: Annotated[Path | None, typer.Option(help="Replay this plan instead of scoring.")] = None,
     text: Text = None,
     recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Recovery data; may be repeated.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Text to recover or train on; may be repeated.")] = None,
     no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,
+    steps: Annotated[int | None, typer.Option(help="loraprune: optimizer steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="loraprune: passes over the data, instead of steps.")] = None,
+    rank: Annotated[int | None, typer.Option(help="loraprune: LoRA rank.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="loraprune: peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="loraprune: sequences per optimizer step.")] = None,
+    variant: Annotated[str | None, typer.Option(help="loraprune: importance: lora, grad or magnitude.")] = None,
+    compact_every: Annotated[
+        int | None, typer.Option(help="loraprune: steps between removals of what is masked; faster training.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="loraprune: go on from the last checkpoint.")] = False,
     seed: Seed = 42,
     dtype: Dtype = None,
     device: Device = None,
@@ -71,36 +81,73 @@ def prune(
     """Remove a share of the parameters and write a smaller checkpoint."""
     from secateur import pipeline
 
-    recovery = {"data": data, "steps": recover_steps} if recover_steps and not no_recover else None
+    trains = method == "loraprune"
+    reading = {"field": field, "seq_len": seq_len}
+    checkpointing = {"gradient_checkpointing": gradient_checkpointing}
+    calibrating = {"source": calibration, "samples": samples}
+    scoring: dict[str, Any] = {
+        "mode": mode,
+        "criterion": criterion,
+        "reduction": reduction,
+        "iterations": iterations,
+        "layer_choice": layer_choice,
+    }
+    tuning = {"variant": variant, "compact_every": compact_every}
+    training = {
+        "steps": steps,
+        "epochs": epochs,
+        "rank": rank,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+    }
+    if trains:
+        _no_use("loraprune", {**scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
+        recovery: dict[str, Any] | None = {"data": data, **training, **reading, **checkpointing}
+    else:
+        _no_use(method or "llm-pruner", {**training, **tuning})
+        scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
+        recovery = {"data": data, "steps": recover_steps} if recover_steps and not no_recover else None
     recipe = recipe_of(
         model,
         {
             "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
-            "method": {"name": method},
+            "method": {"name": method} | tuning,
             "prune": _budget(sparsity, kinds, plan)
+            | scoring
             | {
-                "mode": mode,
-                "criterion": criterion,
-                "reduction": reduction,
                 "ranking": ranking,
-                "iterations": iterations,
-                "gradient_checkpointing": gradient_checkpointing,
-                "layer_choice": layer_choice,
                 "uniform": uniform,
                 "tier": tier,
                 "round_to": round_to,
                 "protect_first": protect_first,
                 "protect_last": protect_last,
-                "calibration": {"source": calibration, "field": field, "samples": samples, "seq_len": seq_len},
             },
             "evaluation": {"texts": text},
             "recovery": recovery,
         },
         seed,
     )
-    job = pipeline.prune_and_recover if recipe.recovery is not None else pipeline.prune
-    print_results(job(recipe, output, plan=plan, overwrite=overwrite))
+    if trains:
+        results = pipeline.prune_while_training(recipe, output, resume=resume, overwrite=overwrite)
+    else:
+        job = pipeline.prune_and_recover if recipe.recovery is not None else pipeline.prune
+        results = job(recipe, output, plan=plan, overwrite=overwrite)
+    print_results(results)
     out.print(f"written to {output}")
+
+
+def _no_use(method: str, options: dict[str, Any]) -> None:
+    """Refuse options that the method has no use for.
+
+    Raises:
+        RecipeError: one was given.
+    """
+    from secateur.errors import RecipeError
+
+    given = [{"source": "calibration"}.get(name, name) for name, value in options.items() if value is not None]
+    if given:
+        named = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise RecipeError(f"{method} has no use for {named}; `secateur prune --help` says which option is for what")
 
 
 def _budget(sparsity: float | None, kinds: str | None, plan: Path | None) -> dict[str, Any]:

@@ -30,12 +30,12 @@ import torch
 
 from secateur.allocation import Budget, allocate, check_shares
 from secateur.discovery import discover
-from secateur.errors import BudgetError, PlanError
-from secateur.groups import Group, Groups
+from secateur.errors import BudgetError
+from secateur.groups import Groups
 from secateur.importance import score
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
-from secateur.surgery import OFFERED_KINDS, Expressible, expressible, mask, slice
+from secateur.surgery import expressible, mask, select, slice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,9 +124,7 @@ def run(
     kinds = settings.kinds or tuple(dict.fromkeys([*kinds_of(settings.mode, groups), *settings.kind_ratios]))
     can = expressible(model, groups, kinds, uniform=settings.uniform)
     named = settings.kinds or tuple(settings.kind_ratios)
-    if hopeless := [kind for kind in named if not _chosen(groups, [kind], can)]:
-        raise PlanError(_why_none(hopeless, groups, can) + _offered(model, groups, settings.uniform))
-    candidates, left_whole = select(groups, kinds, can)
+    candidates, left_whole = select(model, groups, kinds, can, named=named, uniform=settings.uniform)
 
     plan = PruningPlan({}, {})
     scores: dict[str, torch.Tensor] = {}
@@ -154,62 +152,13 @@ def run(
     return PruneResult(small, plan, groups, scores, left_whole)
 
 
-def select(groups: Groups, kinds: Sequence[str], can: Expressible) -> tuple[Groups, dict[str, str]]:
-    """The groups of these kinds that are pruned, and family -> reason for those that must stay whole.
-
-    Raises:
-        PlanError: none can be pruned.
-    """
-    chosen = _chosen(groups, kinds, can)
-    if not chosen:
-        raise PlanError(_why_none(kinds, groups, can))
-    return replace(groups, groups=chosen), _left_whole(groups, kinds, can)
-
-
-def _left_whole(groups: Groups, kinds: Sequence[str], can: Expressible) -> dict[str, str]:
-    """Family -> why it must stay whole."""
-    families = {g.family for g in groups if g.kind in kinds}
-    refused = {g.family: g.refusals[0] for g in groups if g.kind in kinds and not g.prunable}
-    return refused | {family: reason for family, reason in can.refused.items() if family in families}
-
-
-def _chosen(groups: Groups, kinds: Sequence[str], can: Expressible) -> tuple[Group, ...]:
-    """The groups of these kinds that can be pruned."""
-    left_whole = _left_whole(groups, kinds, can)
-    return tuple(g for g in groups.of_kinds(kinds) if g.family not in left_whole)
-
-
-def _why_none(kinds: Sequence[str], groups: Groups, can: Expressible) -> str:
-    """Why nothing of these kinds can be pruned, reason by reason with the families it holds for."""
-    families: dict[str, list[str]] = {}
-    for family, reason in _left_whole(groups, kinds, can).items():
-        families.setdefault(reason, []).append(family)
-    reasons = []
-    for reason, those in families.items():
-        unnamed = ", ".join(family for family in those if family not in reason)
-        reasons.append(f"{reason} ({unnamed})" if unnamed else reason)
-    absent = [kind for kind in kinds if not any(g.kind == kind for g in groups)]
-    reasons += [f"the model has no {' or '.join(absent)}"] if absent else []
-    return f"no {' or '.join(kinds)} can be pruned: {'; '.join(reasons)}"
-
-
-def _offered(model: PreTrainedModel, groups: Groups, uniform: bool) -> str:
-    """What to choose from instead, closing a message."""
-    can = expressible(model, groups, OFFERED_KINDS, uniform=uniform)
-    kinds = dict.fromkeys(g.kind for g in _chosen(groups, OFFERED_KINDS, can))
-    how = "with the same widths in every layer" if uniform else "layer by layer"
-    return f"; this model offers, {how}: {', '.join(kinds) or 'nothing'}"
-
-
 def kinds_of(mode: Mode, groups: Groups) -> tuple[str, ...]:
-    """The kinds a mode prunes. Where one KV head serves all queries, its query heads are the only heads there are."""
+    """The kinds a mode prunes."""
     if mode == "channel-wise":
         return ("hidden",)
     if mode == "layer-wise":
         return ("layer",)
-    has = {g.kind for g in groups}
-    heads = {"attention_head", "kv_group"} & has or {"query_head"}
-    return tuple(sorted({"ffn_channel", "expert_channel"} & has | heads))
+    return groups.kinds_in_blocks()
 
 
 def importance(

@@ -6,6 +6,7 @@ from secateur.pipeline.recipes import run_recipe
 from secateur.pipeline.recovering import prune_and_recover, recover_checkpoint
 from secateur.pipeline.results import PACKAGES, load_model, write_json
 from secateur.pipeline.shipping import export
+from secateur.pipeline.training import prune_while_training
 
 __all__ = [
     "PACKAGES",
@@ -15,6 +16,7 @@ __all__ = [
     "load_model",
     "prune",
     "prune_and_recover",
+    "prune_while_training",
     "recover_checkpoint",
     "run_recipe",
     "write_json",

@@ -12,6 +12,7 @@ from secateur.errors import CheckpointError, RecipeError
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.recovering import joined, recover_checkpoint
 from secateur.pipeline.results import Results, load_model, write_json
+from secateur.pipeline.training import prune_while_training
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
@@ -24,13 +25,16 @@ def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite:
     """
     _open_run(recipe, output, resume, overwrite)
     pruned, recovered = output / "pruned", output / "recovered"
-    results = _finished(pruned) or prune(recipe, pruned)
-    if recipe.recovery is not None:
+    if recipe.method.trains:
+        results = _finished(pruned) or prune_while_training(recipe, pruned, resume=resume)
+    else:
+        results = _finished(pruned) or prune(recipe, pruned)
+    if recipe.recovers:
         after = _finished(recovered) or recover_checkpoint(recipe, pruned, recovered, resume=resume)
         results = joined(results, after)
     if recipe.benchmark:
         dense = load_model(recipe)
-        small = load_model(recipe, recovered if recipe.recovery else pruned)
+        small = load_model(recipe, recovered if recipe.recovers else pruned)
         results["benchmark"] = bench(small.model, against=dense.model).to_json()
     results["command"] = "run"
     write_json(output / "results.json", results)

@@ -22,7 +22,7 @@ from secateur.recovery.targets import Targets, all_targets, read_directly
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -105,39 +105,76 @@ def recover(
         RecipeError: the targets asked for are not there or cannot carry adapters.
         NonFiniteError: the loss becomes NaN or infinite.
     """
-    from transformers import set_seed
-
-    set_seed(settings.seed)
-    output = Path(output)
-    examples = training_examples(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
-    adapted = adapters(model, settings)
-    trainer = _trainer(adapted, tokenizer, examples, settings, output, evaluate)
-    begin = time.perf_counter()
-    started = resume and any((output / "checkpoints").glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=started or None)
-    seconds = time.perf_counter() - begin
-    adapter = output / "adapter"
+    adapted = with_adapters(copy.deepcopy(model), settings)
+    log, seconds = train(adapted, tokenizer, corpora, settings, Path(output), evaluate=evaluate, resume=resume)
+    adapter = Path(output) / "adapter"
     adapted.save_pretrained(adapter)
     merged = adapted.merge_and_unload()
     merged.config.use_cache = getattr(model.config, "use_cache", True)  # which training switched off
-    return RecoveryResult(merged.eval(), adapter, list(trainer.state.log_history), round(seconds, 3))
+    return RecoveryResult(merged.eval(), adapter, log, seconds)
 
 
-def adapters(model: PreTrainedModel, settings: RecoverySettings) -> PeftModel:
-    """A copy of the model with fresh adapters.
+def train(
+    adapted: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    corpora: Sequence[Corpus],
+    settings: RecoverySettings,
+    output: Path,
+    *,
+    callbacks: Sequence[TrainerCallback] = (),
+    evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+    resume: bool = False,
+) -> tuple[list[dict[str, Any]], float]:
+    """Train the adapters in a model; arguments as for `recover`.
+
+    Args:
+        callbacks: of the Trainer, in addition to our own.
+
+    Returns:
+        The Trainer's log, and the wall time [s].
+
+    Raises:
+        DataError: the corpora give no example.
+        NonFiniteError: the loss becomes NaN or infinite.
+    """
+    examples = training_examples(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
+    trainer = _trainer(adapted, tokenizer, examples, settings, output, evaluate)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    begin = time.perf_counter()
+    trainer.train(resume_from_checkpoint=(resume and last_checkpoint(output)) or None)
+    return list(trainer.state.log_history), round(time.perf_counter() - begin, 3)
+
+
+def last_checkpoint(output: Path) -> str | None:
+    """The newest training checkpoint of a run, None if there is none."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = output / "checkpoints"
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+
+
+def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts: bool = True) -> PeftModel:
+    """The model itself with fresh LoRA adapters, everything else frozen.
+
+    Args:
+        experts: adapt the matrices of stacked experts, too.
 
     Raises:
         RecipeError: the targets asked for are not there or cannot carry adapters.
     """
     from peft import LoraConfig, get_peft_model
     from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers import set_seed
 
+    set_seed(settings.seed)
     chosen = Targets(list(settings.targets), []) if settings.targets else all_targets(model)
+    stacked = chosen.parameters if experts else []
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
-        lora_dropout=0.0 if chosen.parameters else settings.dropout,
-        target_parameters=chosen.parameters or None,
+        lora_dropout=0.0 if stacked else settings.dropout,
+        target_parameters=stacked or None,
         target_modules=chosen.modules,
         task_type="CAUSAL_LM",
     )
@@ -149,7 +186,7 @@ def adapters(model: PreTrainedModel, settings: RecoverySettings) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft tells what fan_in_fan_out it sets for Conv1D
-            return get_peft_model(copy.deepcopy(model), lora)
+            return get_peft_model(model, lora)
     except ValueError as error:
         asked = f"--targets {','.join(settings.targets)}" if settings.targets else "adapters for every linear module"
         raise RecipeError(f"{asked}: peft refuses: {first_line(error)}") from error

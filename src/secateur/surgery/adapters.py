@@ -73,7 +73,7 @@ class Adapted:
     """
 
     def __init__(self, model: PeftModel, groups: Groups | None = None) -> None:
-        if reason := unsupported(model):
+        if reason := unsupported(model) or packed_base(model):
             raise PlanError(reason)
         self.model = model
         self.groups = groups or discover(model)
@@ -208,6 +208,17 @@ class _AdaptedCheck(LogitCheck):
         return super().same(self.adapted)
 
 
+def packed_base(model: PeftModel) -> str | None:
+    """Why the base of a model with adapters cannot be cut as it is stored, None if it is plain numbers."""
+    for packed in packed_weights(model).values():
+        return (
+            f"{packed.text}, and adapters are cut together with float weights only: load the base without quantisation "
+            "and put the adapter on it (PeftModel.from_pretrained); a plan made here fits that model, since its groups "
+            "are the same"
+        )
+    return None
+
+
 def unsupported(model: PeftModel) -> str | None:
     """Why the adapters of a model cannot be cut with it, None if they can."""
     from peft import PeftType
@@ -221,12 +232,6 @@ def unsupported(model: PeftModel) -> str | None:
         if config.target_parameters:
             names = ", ".join(sorted(config.target_parameters)[:3])
             return f"adapters on stacked parameters (target_parameters: {names}) are not cut with their model: {merge}"
-    for packed in packed_weights(model).values():
-        return (
-            f"{packed.text}, and adapters are cut together with float weights only: load the base without quantisation "
-            "and put the adapter on it (PeftModel.from_pretrained); a plan made here fits that model, since its groups "
-            "are the same"
-        )
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             return f"{path} is trained as a whole beside the adapters (modules_to_save), which is not cut: {merge}"

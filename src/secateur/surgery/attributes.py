@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from secateur.groups import Groups, Kept
+from secateur.groups import Group, Groups, Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,8 +28,8 @@ Slot = tuple[str, str]  # (module path with layer numbers replaced by *, attribu
 
 def cut_modules(
     model: PreTrainedModel, groups: Groups, kept: Kept, accept: Callable[[PreTrainedModel], bool]
-) -> tuple[PreTrainedModel, tuple[str, ...]] | None:
-    """A copy of `model` with every module cut, and the names of the attributes that had to follow.
+) -> tuple[PreTrainedModel, frozenset[Slot]] | None:
+    """A copy of `model` with every module cut, and the attributes that had to follow.
 
     Args:
         accept: whether the logits of a candidate are right.
@@ -38,14 +38,14 @@ def cut_modules(
         None if no combination of attributes is accepted.
     """
     small = _copy_with(model, groups, kept)
-    changes = _candidates(small, groups, kept)
+    changes = list(size_attributes(small, groups, kept))
     slots = list(dict.fromkeys(slot for slot, *_ in changes))
     subsets = (s for n in range(len(slots), -1, -1) for s in itertools.combinations(slots, n))
     for chosen in itertools.islice(subsets, MAX_TRIALS):
         for slot, module, old, new in changes:
             setattr(module, slot[1], new if slot in chosen else old)
         if accept(small):
-            return small, tuple(sorted({name for _, name in chosen}))
+            return small, frozenset(chosen)
     return None
 
 
@@ -73,11 +73,18 @@ def _copy_with(model: PreTrainedModel, groups: Groups, kept: Kept) -> PreTrained
     return small
 
 
-def _candidates(model: PreTrainedModel, groups: Groups, kept: Kept) -> list[tuple[Slot, nn.Module, Any, Any]]:
-    """(slot, module, old value, new value) of every integer attribute equal to a size that the cut changed."""
-    found: list[tuple[Slot, nn.Module, Any, Any]] = []
+def size_attributes(
+    model: nn.Module, groups: Groups, kept: Kept, path_of: Callable[[str], str] = str
+) -> Iterator[tuple[Slot, nn.Module, Any, Any]]:
+    """(slot, module, old value, new value) of every integer attribute equal to a size that the cut changes.
+
+    Args:
+        path_of: the path by which `groups` knows the module at a path of `model`.
+    """
+    sizes_at = _ChangedSizes(groups, kept)
     for path, module in model.named_modules():
-        sizes = dict(_changed_sizes(path, groups, kept))
+        path = path_of(path)
+        sizes = sizes_at(path)
         for name, value in vars(module).items():
             new: Any = None
             if type(value) is int:
@@ -85,32 +92,37 @@ def _candidates(model: PreTrainedModel, groups: Groups, kept: Kept) -> list[tupl
             elif isinstance(value, tuple) and len(value) == 1:
                 new = (sizes[value[0]],) if value[0] in sizes else None
             if new is not None:
-                slot = (re.sub(r"\.\d+(?=\.|$)", ".*", path), name)
-                found.append((slot, module, value, new))
-    return found
+                yield (re.sub(r"\.\d+(?=\.|$)", ".*", path), name), module, value, new
 
 
-def _changed_sizes(path: str, groups: Groups, kept: Kept) -> Iterator[tuple[int, int]]:
+class _ChangedSizes:
     """Old and new sizes that groups with a member inside a module bring about."""
-    prefix = path + "." if path else ""
-    positions = groups.kept_positions(kept)
-    for parameter, dims in positions.items():
-        if parameter.startswith(prefix):
-            for dim, keep in dims.items():
-                yield groups.shapes[parameter][dim], len(keep)
-    if any(not path or p == path for group in groups for m in group.members for p in [m.parameter.rpartition(".")[0]]):
-        return
-    for name in kept:
-        group = groups.named(name)
-        inside = [m for m in group.members if m.parameter.startswith(prefix)]
-        for member in inside:
-            others = [
-                (g.units, len(kept.get(g.name, range(g.units))))
-                for g in groups
-                if g is not group and any((m.parameter, m.dim) == (member.parameter, member.dim) for m in g.members)
-            ]
+
+    def __init__(self, groups: Groups, kept: Kept) -> None:
+        self.groups, self.kept = groups, kept
+        self.positions = groups.kept_positions(kept)
+        self.owners = {m.parameter.rpartition(".")[0] for group in groups for m in group.members}
+
+    def __call__(self, path: str) -> dict[int, int]:
+        """Old size -> new size."""
+        prefix = path + "." if path else ""
+        sizes: dict[int, int] = {}
+        for parameter, dims in self.positions.items():
+            if parameter.startswith(prefix):
+                sizes |= {self.groups.shapes[parameter][dim]: len(keep) for dim, keep in dims.items()}
+        if path and path not in self.owners:
+            for name in self.kept:
+                sizes |= dict(self._of_group(self.groups.named(name), prefix))
+        return sizes
+
+    def _of_group(self, group: Group, prefix: str) -> Iterator[tuple[int, int]]:
+        """Numbers of units, alone and multiplied by those of groups on the same axes."""
+        for member in group.members:
+            if not member.parameter.startswith(prefix):
+                continue
+            on_axis = self.groups.on_axis.get((member.parameter, member.dim), ())
+            others = [(g.units, len(self.kept.get(g.name, range(g.units)))) for g in on_axis if g is not group]
             for n in range(len(others) + 1):
                 for subset in itertools.combinations(others, n):
                     old = group.units * int(np.prod([o for o, _ in subset]))
-                    new = len(kept[name]) * int(np.prod([k for _, k in subset]))
-                    yield old, new
+                    yield old, len(self.kept[group.name]) * int(np.prod([k for _, k in subset]))

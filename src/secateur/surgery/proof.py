@@ -122,7 +122,8 @@ def _prove_family(
         if in_place := cut_modules(model, reference.groups, kept, check.same):
             off = single.difference(in_place[0], kept)
             if not off.failure:
-                return Proof(*facts, check.difference, "modules", off.largest, in_place[1], tied, reason)
+                attributes = tuple(sorted({name for _, name in in_place[1]}))
+                return Proof(*facts, check.difference, "modules", off.largest, attributes, tied, reason)
             reason = reason or off.failure
     return Proof(*facts, None, "none", reason=reason)
 

@@ -68,7 +68,7 @@ class Twin:
         Raises:
             PlanError: no class expresses that with the right logits.
         """
-        kept = _sample(self.reference.groups, families, uneven=True)
+        kept = sample_cut(self.reference.groups, families, uneven=True)
         check = LogitCheck(self.reference.model, kept, self.reference)
         return rebuild_per_layer(self.reference.model, self.reference.groups, self.solver, kept, check)
 
@@ -96,15 +96,18 @@ def twin_of(uniform: PreTrainedModel, groups: Groups) -> Twin:
     return Twin(reference, solver, of_model)
 
 
-def unloaded_cut(model: PreTrainedModel, groups: Groups, kept: Kept) -> UnloadedCut:
+def unloaded_cut(model: PreTrainedModel, groups: Groups, kept: Kept, twin: Twin | None = None) -> UnloadedCut:
     """The cut of a model on the meta device, proven on a narrow twin.
+
+    Args:
+        twin: what `twin_of` gives for the model (of equal widths), if it is there already.
 
     Raises:
         PlanError: no class expresses the cut, or no twin could be made or proves it.
     """
     uniform = skeleton(model) if is_per_layer(model) else model
     of_uniform = groups if uniform is model else discover(uniform)
-    twin = twin_of(uniform, of_uniform)
+    twin = twin or twin_of(uniform, of_uniform)
     reference, solver = twin.reference, twin.of_model
     families = {groups.named(name).family for name in kept}
     if is_per_layer(model) or layers_differ(groups, kept):
@@ -113,9 +116,9 @@ def unloaded_cut(model: PreTrainedModel, groups: Groups, kept: Kept) -> Unloaded
         if all(twin.proves(rule) for f in families if (rule := solver.rule(f))):
             return UnloadedCut(build_on_meta(model_class, config))
     else:
-        sample = _sample(reference.groups, families)
-        check = LogitCheck(reference.model, sample, reference)
-        right = {type(small) for small in candidates(reference.model, twin.solver, sample) if check.same(small)}
+        chosen = sample_cut(reference.groups, families)
+        check = LogitCheck(reference.model, chosen, reference)
+        right = {type(small) for small in candidates(reference.model, twin.solver, chosen) if check.same(small)}
         for model_class, config, rules in fitting(solver, kept):
             if model_class in right and all(twin.proves(rule) for rule, _ in rules):
                 return UnloadedCut(build_on_meta(model_class, config), _scalings(model, model_class, config, rules))
@@ -128,7 +131,7 @@ def _as_proven(rule: FieldRule, twin: ConfigSolver) -> FieldRule | None:
     return as_proven(rule, proven, twin) if proven else None
 
 
-def _sample(groups: Groups, families: set[str], *, uneven: bool = False) -> Kept:
+def sample_cut(groups: Groups, families: set[str], *, uneven: bool = False) -> Kept:
     """A cut of the twin in the same families: by one share if all their sizes have a common divisor.
 
     Args:

@@ -1,0 +1,177 @@
+"""LoRA-guided importance (LoRAPrune, Zhang et al. 2023, arXiv:2305.18403, section 3.2).
+
+| paper | here |
+| --- | --- |
+| W_0, frozen weight [out, in] | the base layer's weight, unpacked where it is quantised |
+| B [out, r], A [r, in] | the LoRA factors; s = alpha / r their scale |
+| gradient of the product, estimated from one step of unit length: BA - (B - dB)(A - dA) = dB A + B dA - dB dA | G |
+| importance of an element | abs(G (W_0 + s B A)) |
+| importance of a structure | sum over its elements in a projection, then over projections |
+
+No gradient of a frozen weight exists at any time: G is formed for a block of rows of one layer, reduced to its sums
+over rows and columns, and forgotten. Deviations: the paper squares the element, its code and we take the absolute
+value; elements of units that are masked already do not count towards the others (the code lets rows of B that get no
+gradient any more contribute through dA).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from secateur.errors import NonFiniteError, PlanError
+from secateur.groups import Group, Groups, Kept
+from secateur.packed import packed_weights
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import LoraLayer
+
+ROWS = 1024  # of a weight matrix that are scored at a time
+Positions = Mapping[tuple[str, int], Tensor]
+Variant = Literal["lora", "grad", "magnitude"]
+
+
+@dataclass(frozen=True)
+class LoraGuided:
+    """What a unit is worth, from the LoRA factors around frozen weights and their gradients.
+
+    Attributes:
+        variant: `lora`, the estimate above; `grad`, with the true gradient of W_0; `magnitude`, with G = 1.
+        normalise: divide each projection's scores by their Euclidean norm before they are added up, as the reference
+            does, so that a projection with large weights does not decide alone.
+    """
+
+    variant: Variant = "lora"
+    normalise: bool = True
+
+    def scores(
+        self, model: nn.Module, groups: Groups, kept: Kept, names: Sequence[str], gradients: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Importance of the units that are left, float32 on the CPU; gradients of the factors must be there.
+
+        Args:
+            model: the base with adapters in its modules.
+            groups: of the base as it is built now.
+            kept: units that are not masked.
+            names: the groups to score.
+            gradients: for `grad`, the gradient of every weight that carries adapters, by name.
+
+        Raises:
+            NonFiniteError: a score is NaN or infinite; names the parameter.
+        """
+        left = groups.after(kept)
+        stay = groups.kept_positions(kept)
+        chosen = [left.named(name) for name in names]
+        found: dict[tuple[str, int], Tensor] = {}
+        for parameter in dict.fromkeys(m.parameter for g in chosen for m in g.members):
+            layer = adapted_layer(model, parameter)
+            if layer is None:
+                continue
+            sums = self._sums(layer, stay.get(parameter, {}), gradients.get(parameter))
+            if not all(torch.isfinite(s).all() for s in sums.values()):
+                raise NonFiniteError(
+                    f"the importance of {parameter} is not finite: lower the learning rate, or train in another dtype"
+                )
+            found |= {(parameter, dim): values.cpu() for dim, values in sums.items()}
+        return {group.name: self._of_group(group, found) for group in chosen}
+
+    def _of_group(self, group: Group, positions: Positions) -> Tensor:
+        rows = [
+            positions[m.parameter, m.dim][torch.from_numpy(m.index)].sum(1)
+            for m in group.members
+            if (m.parameter, m.dim) in positions
+        ]
+        if self.normalise:
+            rows = [r / r.norm().clamp_min(torch.finfo(r.dtype).tiny) for r in rows]
+        return torch.stack(rows).sum(0)
+
+    def _sums(self, layer: LoraLayer, stay: Mapping[int, Any], gradient: Tensor | None) -> dict[int, Tensor]:
+        """Importance summed over each row and column that stays, by dimension of the stored weight."""
+        weight, a, b, scale, turned = _factors(layer)
+        rows = _positions(stay, 1 if turned else 0, weight.shape[0], weight.device)
+        columns = _positions(stay, 0 if turned else 1, weight.shape[1], weight.device)
+        a_kept, da = a.detach()[:, columns].float(), _gradient(a)[:, columns]
+        by_row, by_column = [], torch.zeros(len(columns), device=weight.device)
+        for tile in rows.split(ROWS):
+            b_kept, db = b.detach()[tile].float(), _gradient(b)[tile]
+            salience = weight[tile][:, columns].float() + scale * (b_kept @ a_kept)
+            if self.variant == "lora":
+                salience *= db @ (a_kept - da) + b_kept @ da
+            elif self.variant == "grad":
+                assert gradient is not None
+                salience *= (gradient.T if turned else gradient)[tile][:, columns].float()
+            salience.abs_()
+            by_row.append(salience.sum(1))
+            by_column += salience.sum(0)
+        return {int(turned): torch.cat(by_row), 1 - int(turned): by_column}
+
+
+def adapted_layer(model: nn.Module, parameter: str) -> LoraLayer | None:
+    """The module that adapts a weight with LoRA, None if none does."""
+    from peft.tuners.lora import LoraLayer as AnyLayer
+
+    path, _, leaf = parameter.rpartition(".")
+    module = model.get_submodule(path)
+    return module if leaf == "weight" and isinstance(module, AnyLayer) and module.lora_A else None
+
+
+def check_adapted(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Make sure that every group has a weight with adapters, from which it can be scored.
+
+    Raises:
+        PlanError: one has none, or its adapters are of a kind whose product is not B A.
+    """
+    for group in groups:
+        layers = [layer for m in group.members if (layer := adapted_layer(model, m.parameter)) is not None]
+        if not layers:
+            raise PlanError(
+                f"no LoRA adapter lies on a weight of {group.name}: adapt all linear modules, or prune other kinds"
+            )
+        for layer in layers:
+            if len(layer.active_adapters) != 1:
+                raise PlanError(f"{group.name} has {len(layer.active_adapters)} active adapters; expected one")
+            if any(layer.use_dora.values()):
+                raise PlanError(
+                    f"the adapters of {group.name} are DoRA, whose norms run over masked columns too, so that masking "
+                    "is not removing: use plain LoRA (use_dora=False)"
+                )
+
+
+def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor, float, bool]:
+    """W_0 [out, in], A, B, the scale, and whether W_0 is stored the other way round."""
+    (adapter,) = layer.active_adapters
+    weight = dense_weight(layer.get_base_layer())
+    turned = bool(getattr(layer, "fan_in_fan_out", False))
+    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    return weight.T if turned else weight, a, b, float(layer.scaling[adapter]), turned
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """A linear module's weight as numbers, [out, in] or turned as it is stored; if packed, what it multiplies by.
+
+    A packed weight is not unpacked but applied to unit vectors, since its memory layout may change while the model
+    runs (bitsandbytes reorders 4-bit weights on a CPU) and only the module itself always knows it.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not packed_weights(module):
+        return weight.detach()
+    bias: Any = getattr(module, "bias", None)
+    columns = []
+    with torch.no_grad():
+        for units in torch.eye(int(module.in_features), device=weight.device).split(ROWS):  # type: ignore[arg-type]
+            out = module(units).float()
+            columns.append(out if bias is None else out - bias.float())
+    return torch.cat(columns).T.contiguous()
+
+
+def _positions(stay: Mapping[int, Any], dim: int, size: int, device: torch.device) -> Tensor:
+    return torch.from_numpy(stay[dim]).to(device) if dim in stay else torch.arange(size, device=device)
+
+
+def _gradient(factor: Tensor) -> Tensor:
+    return torch.zeros_like(factor, dtype=torch.float32) if factor.grad is None else factor.grad.float()

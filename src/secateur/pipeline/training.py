@@ -1,0 +1,133 @@
+"""From a checkpoint to a smaller one by a method that prunes while it trains."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from secateur.allocation import Budget
+from secateur.checkpoint import Checkpoint, output_folder
+from secateur.config import Recipe
+from secateur.data import load_corpus
+from secateur.errors import BudgetError
+from secateur.pipeline.pruning import in_tier
+from secateur.pipeline.recovering import recovery_settings
+from secateur.pipeline.results import (
+    Clock,
+    Results,
+    add_perplexity,
+    class_note,
+    header,
+    load_model,
+    needs_tokenizer,
+    peak_memory,
+    values,
+    write_checked,
+)
+from secateur.plan import PruningPlan
+from secateur.recovery import last_checkpoint, train, with_adapters
+
+if TYPE_CHECKING:
+    from secateur.methods.loraprune import LoRAPrune, LoRAPruneResult
+
+
+def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
+    """Prune the recipe's model by LoRAPrune into the folder `output`: cut and merged model, and the adapter beside it.
+
+    Training checkpoints lie in `<output>.work` until the run ends; `resume` continues from the last one.
+
+    Raises:
+        SecateurError: for anything wrong with the input; no output is written then.
+    """
+    assert recipe.recovery is not None
+    work = output.with_name(output.name + ".work")
+    if work.exists() and not resume:
+        shutil.rmtree(work)
+    pruning = method_of(recipe)
+    with output_folder(output, overwrite=overwrite) as folder:
+        clock = Clock()
+        clock.begin("load")
+        source = load_model(recipe, to_change=True)
+        dense = source.model.num_parameters()
+        results = header("prune", source, recipe)
+        results["protocol"]["settings"] |= asdict(pruning.settings)
+        results["perplexity"] = {}
+        clock.begin("evaluate_dense")
+        add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+        outcome = _trained(source, recipe, pruning, work, resume, clock, results)
+        small = in_tier(outcome.model, recipe.prune.tier, source, results)
+        results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
+        clock.begin("evaluate_pruned")
+        add_perplexity(results, "pruned", source, small, recipe.evaluation)
+        clock.end()
+        pruned = small.num_parameters()
+        results["params"] = {"dense": dense, "pruned": pruned, "sparsity": round(1 - pruned / dense, 6)}
+        results["masked_minus_cut"] = outcome.difference
+        results["kinds"] = dict(outcome.shares)
+        results["left_whole"] = dict(outcome.left_whole)
+        results["timing"], results["memory"] = clock.seconds, peak_memory()
+        plan = PruningPlan(outcome.plan.kept, outcome.plan.units, {**outcome.plan.provenance, **results["protocol"]})
+        pruning.save_adapter(folder / "adapter")
+        write_checked(small, folder, source, results, plan)
+    shutil.rmtree(work, ignore_errors=True)
+    return results
+
+
+def method_of(recipe: Recipe) -> LoRAPrune:
+    """The callback that a recipe describes.
+
+    Raises:
+        BudgetError: it does not say how much to remove, or asks for shares of kinds or layers.
+    """
+    from secateur.methods.loraprune import LoRAPrune
+
+    prune = recipe.prune
+    if prune.param_sparsity is None and prune.unit_sparsity is None:
+        raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
+    if prune.kind_ratios or prune.layer_ratios:
+        raise BudgetError("loraprune takes one budget for all kinds and layers: no shares (kind_ratios, layer_ratios)")
+    return LoRAPrune(
+        budget=Budget(prune.param_sparsity, prune.unit_sparsity),
+        kinds=prune.kinds,
+        ranking=prune.ranking,
+        uniform=prune.same_widths,
+        round_to=prune.round_to,
+        protect_first=prune.protect_first,
+        protect_last=prune.protect_last,
+        **recipe.method.model_dump(exclude={"name"}),
+    )
+
+
+def _trained(
+    source: Checkpoint, recipe: Recipe, pruning: LoRAPrune, work: Path, resume: bool, clock: Clock, results: Results
+) -> LoRAPruneResult:
+    """Train with the method's callback, and cut."""
+    assert recipe.recovery is not None
+    settings = recovery_settings(recipe.recovery, recipe.seed)
+    corpora = [load_corpus(name, field=recipe.recovery.field) for name in recipe.recovery.data]
+    clock.begin("discover")
+    adapted = with_adapters(source.model, settings, experts=False)
+    started = last_checkpoint(work) if resume else None
+    pruning.prepare(adapted, started)
+    clock.begin("train")
+    log, _ = train(
+        adapted,
+        needs_tokenizer(source),
+        corpora,
+        settings,
+        work,
+        callbacks=[pruning],
+        evaluate=lambda model: values(source, model, recipe.evaluation),
+        resume=resume,
+    )
+    clock.begin("cut")
+    outcome = pruning.finish()
+    results["training"] = {
+        "settings": asdict(settings),
+        "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
+        "log": log,
+        "sparsity": pruning.history,
+    }
+    return outcome
