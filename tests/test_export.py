@@ -291,7 +291,7 @@ def test_without_llama_cpp_the_file_is_said_to_be_unverified(secateur, folder, t
     results = results_of(tmp_path / "o")
     assert "not checked by running it: the file was not verified" in out
     assert results["parity"] is None and results["parity_reason"] == llama_cpp.NOT_VERIFIED
-    assert "Not verified; why: `results.json`" in (tmp_path / "o" / "README.md").read_text()
+    assert f"Not checked by running it: {llama_cpp.NOT_VERIFIED}." in (tmp_path / "o" / "README.md").read_text()
 
 
 def test_vllm_layout(secateur, small, folder, tmp_path):

@@ -155,7 +155,7 @@ def checks(step: Step) -> list[str]:
     if (difference := step.get("export", {}).get("max_logit_difference_to_source")) is not None:
         lines.append(f"Compared with the model it was made from: largest difference of logits {_figure(difference)}.")
     if reason := step.get("parity_reason"):
-        lines.append(f"Not run: {reason}.")
+        lines.append(f"Not checked by running it: {reason}.")
     if parity := step.get("parity"):
         lines.append(_in_llama_cpp(parity, step) if parity["process"] == "llama.cpp" else _loaded(parity, step))
     return "\n\n".join(lines or ["Not checked."]).split("\n")
