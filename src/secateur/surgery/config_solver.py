@@ -26,7 +26,7 @@ from secateur.surgery.alignment import Step, smallest_step
 from secateur.surgery.config_fields import kept_entries, kept_indices, rebuilt, values_of
 from secateur.surgery.field_rule import FieldRule, Findings, candidate_rules
 from secateur.surgery.lenient import lenient_targets
-from secateur.surgery.shapes import Shapes, build_on_meta, expected_shapes, shapes_of
+from secateur.surgery.shapes import Shapes, built_shapes, expected_shapes
 from secateur.surgery.ties import explaining_families, tie_edits, tie_shares
 
 if TYPE_CHECKING:
@@ -325,7 +325,7 @@ class ConfigSolver:
             if len(self._built) >= MAX_BUILDS:
                 return None
             try:
-                self._built[key] = shapes_of(build_on_meta(model_class, rebuilt(config, changes)))
+                self._built[key] = built_shapes(model_class, rebuilt(config, changes))
             except Exception:  # a candidate that the class refuses is no error
                 self._built[key] = None
         return self._built[key]
@@ -334,7 +334,7 @@ class ConfigSolver:
         for model_class, config in lenient_targets(self.config.model_type, self.config.to_dict()):
             config.dtype = self.config.dtype
             try:
-                same = shapes_of(build_on_meta(model_class, config)) == expected_shapes(self.groups, {})
+                same = built_shapes(model_class, config) == expected_shapes(self.groups, {})
             except Exception:  # a class that cannot take these sizes is no alternative
                 continue
             if same:

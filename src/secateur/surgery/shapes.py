@@ -28,6 +28,18 @@ def build_on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) 
         return model_class._from_config(copy.deepcopy(config))
 
 
+def built_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes that a class builds; initialising what has no data would take as long as building it.
+
+    Raises:
+        Exception: whatever the class raises for sizes it does not accept.
+    """
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        return shapes_of(build_on_meta(model_class, config))
+
+
 def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Shape of every entry of the state dict."""
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}

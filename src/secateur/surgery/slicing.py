@@ -29,7 +29,7 @@ from secateur.surgery.field_rule import FieldRule, Findings
 from secateur.surgery.folding import find_folds, fold
 from secateur.surgery.per_layer import is_per_layer, layers_differ, per_layer_target, skeleton
 from secateur.surgery.rule_cache import RuleCache
-from secateur.surgery.shapes import build_on_meta, expected_shapes, shapes_of
+from secateur.surgery.shapes import built_shapes, expected_shapes
 from secateur.surgery.state import cut_tensors, tied_names
 from secateur.surgery.trial import LogitCheck, trial_run, trial_subject
 from secateur.surgery.twin import as_proven, narrow_twin, proven_on
@@ -232,7 +232,7 @@ def fitting(solver: ConfigSolver, kept: Kept) -> Iterator[Fit]:
         try:
             rules = solver.rules_for(kept)
             edited = solver.edited(config, kept)
-            fits = shapes_of(build_on_meta(model_class, edited)) == wanted
+            fits = built_shapes(model_class, edited) == wanted
         except PlanError as error:
             reason = reason or str(error)
             continue
@@ -281,7 +281,7 @@ def fitting_per_layer(
     solver.check_alignment(kept)
     try:
         model_class, config = per_layer_target(model, groups, solver, kept)
-        fits = shapes_of(build_on_meta(model_class, config)) == expected_shapes(groups, kept)
+        fits = built_shapes(model_class, config) == expected_shapes(groups, kept)
     except PlanError:
         raise
     except Exception as error:  # classes raise what they like for sizes they refuse
