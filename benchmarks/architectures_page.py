@@ -62,7 +62,7 @@ def reasons_of(family: Record) -> list[str]:
     """Why a family is not `ok`."""
     if family.get("refusals"):
         return list(family["refusals"])
-    return [family.get("reason") or "no sliced model has the right logits"]
+    return [family.get("reason") or "not examined by the last run of the sweep over this type"]
 
 
 def general(text: str, families: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -40,7 +39,6 @@ if TYPE_CHECKING:
 
 Fit = tuple["type[PreTrainedModel]", "PreTrainedConfig", list[tuple[FieldRule, Fraction]]]
 SMALL = 5_000_000  # parameters of a model that rules are proven on directly
-MAX_FOLD_SEARCHES = 2  # that fail with the same fields, or fewer; a scalar that can be folded shows in the first edits
 
 
 def slice(
@@ -113,7 +111,7 @@ def checked_solver(
     """
     cached = None if reference else RuleCache(model, groups)
     hints = hints if cached is None else cached.of_class()
-    failed: Counter[frozenset[str]] = Counter()  # fields -> searches for folds
+    failed: list[frozenset[str]] = []  # fields of searches for folds; what can be folded shows in the first edits
     wrong: list[FieldRule] = []  # which ran and computed something else; they do so for any share
 
     @cache
@@ -143,12 +141,12 @@ def checked_solver(
                 if check.same(small):
                     return rule
                 ran = ran or math.isfinite(check.difference)
-                hopeless = sum(n for fields, n in failed.items() if fields.issubset(rule.fields)) >= MAX_FOLD_SEARCHES
+                hopeless = any(fields.issubset(rule.fields) for fields in failed)
                 if not math.isfinite(check.difference) or members[0].blocks or hopeless:
                     continue
                 if folds := find_folds(subject, small, share, check.same):
                     return replace(rule, folds=folds)
-                failed[frozenset(rule.fields)] += 1
+                failed.append(frozenset(rule.fields))
         if ran and not members[0].blocks:
             wrong.append(rule)
         return None
