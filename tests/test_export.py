@@ -351,7 +351,7 @@ def test_the_card_says_what_was_done_before(secateur, with_a_past, tmp_path, for
     assert "| stories | 50 | 8 | 10.500 | 31.250 | 12.750 |" in card.text and account.NOT_AGAIN in card.text
     results = results_of(tmp_path / "o")
     checked = {"gguf": lambda: f"{results['parity']['mean_difference']:.1e} on average", "vllm": lambda: READ_BACK}
-    assert checked[form]() in card.text and "Not checked" not in card.text
+    assert checked[form]() in card.text and "Not checked.\n" not in card.text
     assert results["before"]["before"]["model"]["source"] == "org/dense"
     assert "log" not in results["before"]["recovery"]
     assert (tmp_path / "o" / "plan.json").read_bytes() == (with_a_past / "plan.json").read_bytes()

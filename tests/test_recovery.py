@@ -15,7 +15,7 @@ from secateur.errors import DataError, NonFiniteError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.recovery import RecoverySettings, recover
 from secateur.recovery.examples import IGNORED, instruction_example, training_examples
-from secateur.recovery.lora import adapters
+from secateur.recovery.lora import with_adapters
 
 QUICK = RecoverySettings(
     steps=8, batch_size=4, micro_batch_size=2, seq_len=32, learning_rate=5e-3, dropout=0.0, save_every=4
@@ -115,7 +115,7 @@ def test_adapters_go_where_merging_them_changes_nothing(model_type, tmp_path):
     """Not on weights that the module around them reads (Mamba, Jamba), nor on shared ones (Zamba); but on dense layers
     that peft takes for experts (Qwen3-MoE), and on linear modules with a forward pass of their own (Falcon)."""
     model = zoo.tiny_model(model_type)
-    adapted = adapters(model, RecoverySettings(rank=2)).eval()
+    adapted = with_adapters(copy.deepcopy(model), RecoverySettings(rank=2)).eval()
     factors = {n: p for n, p in adapted.named_parameters() if "lora_" in n}
     with torch.no_grad():
         for factor in factors.values():
@@ -134,9 +134,9 @@ def test_adapters_go_where_merging_them_changes_nothing(model_type, tmp_path):
 
 def test_targets_that_cannot_be_adapted_are_refused():
     with pytest.raises(RecipeError, match=r"layers\.\d+\.mamba\.dt_proj cannot carry an adapter"):
-        adapters(zoo.tiny_model("jamba"), RecoverySettings(targets=["q_proj", "dt_proj"]))
+        with_adapters(zoo.tiny_model("jamba"), RecoverySettings(targets=["q_proj", "dt_proj"]))
     with pytest.raises(RecipeError, match="--targets nowhere: peft refuses: Target modules"):
-        adapters(make("llama"), RecoverySettings(targets=["nowhere"]))
+        with_adapters(make("llama"), RecoverySettings(targets=["nowhere"]))
 
 
 def test_too_little_text_and_broken_losses(damaged, tokenizer, corpus, tmp_path):
