@@ -38,6 +38,7 @@ RARE_KINDS = ("expert_group", "layer", "sublayer", "other", "head_dim")  # few f
 SHARES = (0.4, 0.5, 0.34)  # of the units that the round trip removes: the first that the class allows
 CLOSE = 1e-5  # of the largest logit, in float32
 GENERATED = 5
+UNSTEADY = "it is not the same structure in every run, since which operations run depends on values"
 NO_SUM = (
     "its layers are no sum of what enters them and what their children put out (what entered is normalised or scaled "
     "on the way, or the children add it themselves), so nothing can be left out of them"
@@ -124,7 +125,7 @@ def families(groups: Groups, proofs: Sequence[Proof]) -> list[Record]:
             "groups": len(members),
             "units": members[0].units,
             "prunable": all(g.prunable for g in members),
-            "refusals": sorted({text for g in members for text in g.refusals}),
+            "refusals": sorted({text for g in members for text in g.refusals}) or [UNSTEADY],
         }
         for family, members in refused.items()
     ]

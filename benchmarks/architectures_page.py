@@ -118,7 +118,7 @@ def summary(records: Sequence[Record]) -> list[str]:
     whole = [t for t in trips if t["ok"] and {"hidden", "ffn_channel"} <= set(t["kinds"]) and _heads(t)]
     passed = [t for t in trips if t["ok"]]
     generated = [t["generates"]["same"] for t in passed]
-    single = [f["relative_difference_float32"] for r in traced for f in r.get("families", []) if code(f) != "no"]
+    single = [f.get("relative_difference_float32") for r in traced for f in r.get("families", []) if code(f) != "no"]
     counts = {k: sum(r.get("controls", {}).get(k, 0) for r in traced) for k in CONTROL_COUNTS}
     lines += [
         f"| discovery without weights gives the same groups | {share(same.count(True), len(traced))} |",

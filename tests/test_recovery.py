@@ -129,7 +129,8 @@ def test_adapters_go_where_merging_them_changes_nothing(model_type, tmp_path):
     adapted.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path)
     for found in (loaded, adapted.merge_and_unload()):
-        torch.testing.assert_close(found(ids, use_cache=False).logits, wanted, rtol=1e-4, atol=1e-4)
+        # factors of this size amplify the rounding of float32; a wrong merge is off by 0.5 and more
+        torch.testing.assert_close(found(ids, use_cache=False).logits, wanted, rtol=0, atol=5e-3)
 
 
 def test_targets_that_cannot_be_adapted_are_refused():

@@ -40,6 +40,17 @@ def built_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -
         return shapes_of(build_on_meta(model_class, config))
 
 
+def build_random(model_class: type[PreTrainedModel], config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A float32 instance with random weights, the same ones every time; the caller's random numbers stay as they are.
+
+    Raises:
+        Exception: whatever the class raises for sizes it does not accept.
+    """
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return model_class._from_config(config, dtype=torch.float32)
+
+
 def shapes_of(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Shape of every entry of the state dict."""
     return {name: tuple(t.shape) for name, t in model.state_dict().items()}

@@ -125,8 +125,11 @@ def checked_solver(
     def accept(rule: FieldRule, share: Fraction) -> FieldRule | None:
         if rule in wrong:
             return None
-        if (narrow := twin()) and (proven := proven_on(narrow, rule.families)):
-            return as_proven(rule, proven, narrow)
+        if narrow := twin():
+            if not rule.pins and (accepted := narrow.accept(rule, share)):  # values to write would be other ones there
+                return accepted
+            if proven := proven_on(narrow, rule.families):
+                return as_proven(rule, proven, narrow)
         members = [g for g in oracle().groups if g.family in rule.families]
         if len({g.family for g in members}) < len(rule.families):  # a twin may be too shallow to have them all
             return None

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference, plain_logits
-from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError, first_line
 from secateur.groups import Groups, Kept
 from secateur.packed import packed_weights
@@ -22,6 +21,7 @@ from secateur.surgery.alignment import failure_to_run
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.field_rule import FieldRule, Findings
 from secateur.surgery.per_layer import is_per_layer, skeleton
+from secateur.surgery.shapes import build_random
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,8 +89,8 @@ def _shallow(model: PreTrainedModel, groups: Groups) -> PreTrainedModel | None:
     layers = _first_layers(solver)
     if not layers:
         return None
-    with quiet_transformers(), suppress(Exception):  # classes raise what they like for too few layers
-        return type(model)._from_config(solver.edited(model.config, layers), dtype=torch.float32)
+    with suppress(Exception):  # classes raise what they like for too few layers
+        return build_random(type(model), solver.edited(model.config, layers))
     return None
 
 

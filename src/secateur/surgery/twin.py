@@ -11,16 +11,13 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from secateur.discovery import discover
-from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups
 from secateur.surgery.config_fields import numbers, rebuilt, values_of
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.field_rule import FieldRule
-from secateur.surgery.shapes import build_on_meta
+from secateur.surgery.shapes import build_on_meta, build_random
 from secateur.surgery.trial import with_noise
 
 if TYPE_CHECKING:
@@ -53,8 +50,7 @@ def narrow_twin(model: PreTrainedModel, groups: Groups) -> PreTrainedModel:
         except Exception:  # configuration classes raise what they like for sizes they refuse
             continue
         if {g.family for g in found.prunable} == families:
-            with quiet_transformers():
-                return with_noise(type(model)._from_config(config, dtype=torch.float32))
+            return with_noise(build_random(type(model), config))
     raise PlanError(f"no configuration makes a small {type(model).__name__} with the same groups, to try the cut on")
 
 
