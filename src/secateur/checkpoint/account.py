@@ -93,18 +93,23 @@ def _plain(value: Any) -> str:
 
 def recovery(steps: Sequence[Step]) -> list[str]:
     """Paragraphs on how it was recovered, if it was."""
-    lines = []
-    for step in (step for step in steps if "recovery" in step):
-        done = step["recovery"]["settings"]
-        length = f"{done['steps']:,} steps" if done["steps"] else f"{done['epochs']:g} epochs, in steps"
-        data = ", ".join(Path(corpus["source"]).name for corpus in step["recovery"]["data"])
-        lines += [
-            f"LoRA of rank {done['rank']} (alpha {done['alpha']:g}, dropout {done['dropout']:g}), merged into the "
-            f"weights: {length} of {done['batch_size']} sequences of up to {done['seq_len']} tokens of {data}, peak "
-            f"learning rate {done['learning_rate']:g}, seed {done['seed']}.",
-            "",
-        ]
-    return lines
+    return [line for step in steps if "recovery" in step for line in (_lora(step["recovery"]), "")]
+
+
+def training(steps: Sequence[Step]) -> list[str]:
+    """Paragraphs on the training during which units went, if there was one."""
+    return [line for step in steps if "training" in step for line in (_lora(step["training"]), "")]
+
+
+def _lora(run: Step) -> str:
+    done = run["settings"]
+    length = f"{done['steps']:,} steps" if done["steps"] else f"{done['epochs']:g} epochs, in steps"
+    data = ", ".join(Path(corpus["source"]).name for corpus in run["data"])
+    return (
+        f"LoRA of rank {done['rank']} (alpha {done['alpha']:g}, dropout {done['dropout']:g}), merged into the "
+        f"weights: {length} of {done['batch_size']} sequences of up to {done['seq_len']} tokens of {data}, peak "
+        f"learning rate {done['learning_rate']:g}, seed {done['seed']}."
+    )
 
 
 def figures(steps: Sequence[Step]) -> list[str]:

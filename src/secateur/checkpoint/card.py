@@ -84,12 +84,13 @@ def model_card(form: Form, results: Mapping[str, Any], plan: PruningPlan | None,
     sections = {
         "": [what, "", *(f"- {note}" for note in filter(None, (*form.notes, note)))],
         "What was cut": account.cuts(steps, plan) if pruned else [],
+        "How it was trained while it was cut": account.training(steps),
         "How it was recovered": account.recovery(steps),
         "Measured": account.figures(steps),
         "Checked": account.checks(results),
         "How to load it": [form.use],
         "Licence": [_licence(front) or NO_LICENCE] if base is not None else [],
-        "Files": _files(plan is not None, "recovery" in results),
+        "Files": _files(plan is not None, not results.keys().isdisjoint(("recovery", "training"))),
     }
     text = "\n\n".join(
         "\n".join([f"## {head}\n"] * bool(head) + lines).strip() for head, lines in sections.items() if lines

@@ -52,7 +52,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         source = load_model(recipe, to_change=True)
         dense = source.model.num_parameters()
         results = header("prune", source, recipe)
-        results["protocol"]["settings"] |= asdict(pruning.settings)
+        results["protocol"]["settings"] = asdict(pruning.settings)
         results["perplexity"] = {}
         clock.begin("evaluate_dense")
         add_perplexity(results, "dense", source, source.model, recipe.evaluation)
@@ -68,7 +68,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["kinds"] = dict(outcome.shares)
         results["left_whole"] = dict(outcome.left_whole)
         results["timing"], results["memory"] = clock.seconds, peak_memory()
-        plan = PruningPlan(outcome.plan.kept, outcome.plan.units, {**outcome.plan.provenance, **results["protocol"]})
+        plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
         pruning.save_adapter(folder / "adapter")
         write_checked(small, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
