@@ -139,7 +139,7 @@ def streaming() -> list[str]:
             f"(largest tensor {protocol['largest_tensor_bytes'] / 1e6:.0f} MB), {protocol['removed']} removed,",
             f"in a process that may allocate {limit / 2**30:.0f} GiB beyond its imports; caches dropped before each",
             "measurement. Ratios are to reading the input and copying as many bytes as the output, in the same run;",
-            "the whole cut also discovers the groups, proves the cut on a small model and hashes the input, while the",
+            "the whole cut also discovers the groups, proves the cut on a small model, and hashes the input while the",
             "tensors are cut. The check afterwards reads input and output again; no logits fit this memory.",
             "",
             "| round | written | peak memory | of it imports | written per second | cut | whole cut | check |",
