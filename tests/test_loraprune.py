@@ -21,7 +21,7 @@ from secateur.discovery.reference import plain_logits
 from secateur.discovery.trace import probe_ids
 from secateur.errors import BudgetError, NonFiniteError, PlanError
 from secateur.importance.lora_guided import LoraGuided
-from secateur.methods.loraprune import LoRAPrune, unscaled
+from secateur.methods.loraprune import LoRAPrune, loss_scale, unscaled
 from secateur.plan import PruningPlan
 from secateur.surgery.live import LiveModel
 
@@ -157,6 +157,8 @@ def test_the_budget_is_met_and_removed_units_never_return(options, tmp_path):
     unit = sum(np.prod(groups.shapes[m.parameter]) // channels.units for m in channels.members)
     assert abs(pruning.sparsity - 0.3) * groups.total_parameters <= unit * (2 if pruning.settings.uniform else 1) / 2
     assert watch.kept[0] and pruning.history[0]["sparsity"] >= 0.04
+    base = [p for n, p in pruning.live.base.named_parameters() if "lora_" not in n]
+    assert not any(p.requires_grad or p.grad is not None for p in base)
     for before, after in zip(watch.kept, watch.kept[1:], strict=False):
         assert all(after[name] <= kept for name, kept in before.items())
 
@@ -276,6 +278,7 @@ class TestMixedPrecision:
 
     def test_scaled_gradients(self):
         weight, optimizer = self.optimizer()
+        assert loss_scale(optimizer) == 1024
         assert unscaled(optimizer)
         assert weight.grad.tolist() == [1.0, 2.0, 3.0]
         assert unscaled(optimizer)  # clipping, too, would have done it
@@ -287,7 +290,7 @@ class TestMixedPrecision:
         assert not unscaled(optimizer)
 
     def test_no_scaler(self):
-        assert unscaled(SimpleNamespace(optimizer=None))
+        assert unscaled(SimpleNamespace(optimizer=None)) and loss_scale(SimpleNamespace(optimizer=None)) == 1
 
 
 class TestRefusals:
@@ -306,6 +309,26 @@ class TestRefusals:
     def test_nothing_to_finish(self):
         with pytest.raises(PlanError, match="train with this callback first"):
             LoRAPrune(0.2).finish()
+
+    def test_a_run_that_ended_too_early(self, tmp_path):
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **_):
+                control.should_training_stop = state.global_step == 4
+
+        pruning = LoRAPrune(0.3, frequency=2)
+        trained(adapted(make("llama")), [pruning, Stop()], tmp_path)
+        with pytest.raises(PlanError, match=r"before the 0\.3 asked for"):
+            pruning.finish()
+
+    def test_a_schedule_that_does_not_ascend(self):
+        with pytest.raises(BudgetError, match=r"cannot go from 0\.5 to 0\.2"):
+            LoRAPrune(0.2, initial=0.5)
+
+    def test_another_model_than_the_one_prepared(self, tmp_path):
+        pruning = LoRAPrune(0.2)
+        pruning.prepare(adapted(make("llama")))
+        with pytest.raises(PlanError, match="prepared for another model"):
+            trained(adapted(make("llama")), [pruning], tmp_path)
 
     def test_hidden_dimensions(self):
         with pytest.raises(PlanError, match="cannot be masked while the model trains"):

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -42,6 +42,9 @@ from secateur.plan import PruningPlan
 from secateur.schedules import cubic
 from secateur.surgery import select
 from secateur.surgery.live import LiveModel
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
 
 STATE = "loraprune.safetensors"  # beside the Trainer's own files in a checkpoint
 
@@ -113,7 +116,7 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         settings: any of `LoRAPruneSettings`.
 
     Raises:
-        BudgetError: no budget, or two.
+        BudgetError: no budget, or two, or a schedule that does not ascend to it.
     """
 
     def __init__(self, sparsity: float | None = None, **settings: Any) -> None:
@@ -121,6 +124,7 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
             raise BudgetError("say how much to remove, once: LoRAPrune(sparsity=0.5) or LoRAPrune(budget=Budget(...))")
         budget = settings.pop("budget", None) or Budget(sparsity)
         self.settings = LoRAPruneSettings(budget, **settings)
+        self._share(0, 1)  # checks the schedule
         self.criterion = LoraGuided(self.settings.variant, self.settings.normalise)
         self.average: dict[str, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -128,6 +132,7 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         self.live: LiveModel | None = None
         self.left_whole: dict[str, str] = {}
         self.shares: dict[str, Any] = {}
+        self._hooks: list[RemovableHandle] = []
 
     def prepare(self, model: Any, checkpoint: Path | str | None = None) -> None:
         """Find out what can be pruned, and bring a model to where the run was that left `checkpoint`.
@@ -157,10 +162,10 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         if self.live is None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.prepare(model, checkpoint if state.global_step else None)
+        elif self.live.model is not model:
+            raise PlanError("this LoRAPrune was prepared for another model; make a new one for this training")
         if self.settings.variant == "grad":
             self._collect_gradients()
-        if state.global_step == 0 and self.settings.initial > 0:
-            self._prune_to(self.settings.initial)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -173,8 +178,11 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         """Step 1."""
         assert self.live is not None
         if self._done(state.global_step, state.max_steps) or not unscaled(optimizer):
+            self.gradients.clear()
             return
         live, past = self.live, self.settings.ema
+        for gradient in self.gradients.values():
+            gradient /= loss_scale(optimizer)
         now = self.criterion.scores(live.base, live.built, live.masked.kept, list(self.average), self.gradients)
         kept = live.plan.kept
         for name, score in now.items():
@@ -189,9 +197,10 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         assert self.live is not None
         step, steps, every = state.global_step, state.max_steps, self.settings
         last = self._done(step, steps) and not self._done(step - 1, steps)
-        if last or (step % every.frequency == 0 and not self._done(step, steps)):
+        due = step % every.frequency == 0 or (step == 1 and every.initial > 0)
+        if last or (due and not self._done(step, steps)):
             self._prune_to(self._share(step, steps))
-            self.history.append({"step": step, "sparsity": self.sparsity})
+            self.history.append({"step": step, "share": self._share(step, steps), "sparsity": self.sparsity})
         if every.compact_every and (last or step % every.compact_every == 0):
             self.live.compact(optimizer)
 
@@ -200,14 +209,23 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         if folder.is_dir():
             self._save(folder / STATE)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+        if self.settings.variant == "grad" and self.live is not None:
+            for name in self._adapted():
+                self._weight(name).requires_grad_(False)
+
     def finish(self) -> LoRAPruneResult:
         """Step 4: the cut and merged model.
 
         Raises:
             PlanError: the run has not reached its sparsity, or the cut model is not the masked one.
         """
-        if self.live is None or not self.live.plan.kept:
+        if self.live is None or not self.history:
             raise PlanError("nothing has been pruned yet: train with this callback first")
+        if (reached := self.history[-1]["share"]) < (final := self._share(1, 1)):
+            raise PlanError(f"training ended at a share of {reached:.4g}, before the {final:g} asked for: let it go on")
         model, difference = self.live.assembled()
         plan = self.live.plan
         facts = asdict(self.settings) | {"budget": self.settings.budget.as_dict(), "sparsity": self.sparsity}
@@ -263,13 +281,22 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         self.shares = plan.provenance["allocation"]["shares"]
         self.live.mask(PruningPlan(plan.kept, plan.units))
 
+    def _adapted(self) -> list[str]:
+        """The weights with adapters that take part in the groups."""
+        assert self.live is not None
+        names = dict.fromkeys(m.parameter for n in self.average for m in self.live.groups.named(n).members)
+        return [name for name in names if adapted_layer(self.live.base, name) is not None]
+
+    def _weight(self, name: str) -> Tensor:
+        assert self.live is not None
+        layer = adapted_layer(self.live.base, name)
+        assert layer is not None
+        weight: Tensor = layer.get_base_layer().weight
+        return weight
+
     def _collect_gradients(self) -> None:
         """For `grad`: keep the true gradients of the weights that carry adapters, out of the optimizer's sight."""
-        assert self.live is not None
-        for name in {m.parameter for n in self.average for m in self.live.groups.named(n).members}:
-            layer = adapted_layer(self.live.base, name)
-            if layer is None:
-                continue
+        for name in self._adapted():
 
             def collect(weight: Tensor, name: str = name) -> None:
                 assert weight.grad is not None
@@ -277,9 +304,7 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
                 self.gradients[name] = self.gradients[name] + grad if name in self.gradients else grad
                 weight.grad = None
 
-            weight = layer.get_base_layer().weight
-            weight.requires_grad_(True)
-            weight.register_post_accumulate_grad_hook(collect)
+            self._hooks.append(self._weight(name).requires_grad_(True).register_post_accumulate_grad_hook(collect))
 
     def _save(self, file: Path) -> None:
         """Averages, and what is removed and masked."""
@@ -299,6 +324,12 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
             self.average = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         self.history, self.shares = json.loads(facts["history"])
         self.live.restore(PruningPlan.from_json(facts["removed"]), PruningPlan.from_json(facts["plan"]))
+
+
+def loss_scale(optimizer: Any) -> float:
+    """Mixed precision's factor on the loss, 1 without."""
+    scaler = getattr(optimizer, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
 
 
 def unscaled(optimizer: Any) -> bool:
