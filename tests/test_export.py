@@ -385,6 +385,11 @@ def test_a_disk_that_fills_up_meanwhile_leaves_nothing(secateur, folder, tmp_pat
     assert "nothing was written" in err and not list(tmp_path.iterdir())
 
 
+def test_forms_that_are_exported_are_no_tiers_to_prune_to(secateur, folder, tmp_path):
+    code, _, err = secateur("prune", folder, "-o", tmp_path / "o", "--sparsity", "0.2", "--tier", "gguf")
+    assert code == 2 and "-o OUT --to gguf" in err and not list(tmp_path.iterdir())
+
+
 def test_wrong_words(secateur, folder, tmp_path):
     code, _, err = secateur("export", folder, "-o", tmp_path / "o", "--to", "onnx")
     assert code == 2 and "no such form" in err

@@ -80,7 +80,10 @@ def prune(
 ) -> None:  # fmt: skip
     """Remove a share of the parameters and write a smaller checkpoint."""
     from secateur import pipeline
+    from secateur.errors import RecipeError
 
+    if tier in ("gguf", "vllm"):
+        raise RecipeError(f"--tier {tier}: prune first, then `secateur export {output} -o OUT --to {tier}`")
     trains = method == "loraprune"
     reading = {"field": field, "seq_len": seq_len}
     checkpointing = {"gradient_checkpointing": gradient_checkpointing}

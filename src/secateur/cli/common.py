@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 out = Console()
 
@@ -94,7 +94,7 @@ def print_parity(parity: dict[str, Any]) -> None:
 def print_tiers(tier: dict[str, Any]) -> None:
     """The form of the result, and what the others would have cost."""
     length = tier["tiers"][0]["prompt_length"]
-    table = Table("tier", "parameters", "bytes", f"MACs of {length} tokens", "loads with")
+    table = Table("tier", "parameters", "bytes", f"MACs of {length} tokens", Column("loads with", overflow="fold"))
     for _, alike in groupby(tier["tiers"], key=lambda t: t["reason"] or t["name"]):
         rows = list(alike)
         names = [f"{t['name']} (written)" if t["name"] == tier["chosen"] else t["name"] for t in rows]

@@ -57,7 +57,7 @@ def _print_llama_cpp(parity: dict[str, Any]) -> None:
     out.print(
         f"run by llama.cpp: log-probabilities differ by {parity['max_difference']:.1e} at most and "
         f"{parity['mean_difference']:.1e} on average ({parity['positions']} positions), perplexity "
-        f"{parity['perplexity_before']:.4f} before and {parity['perplexity_after']:.4f} after "
+        f"{parity['perplexity_before']:.4f} before (float32) and {parity['perplexity_after']:.4f} after "
         f"({parity['tokens']} tokens: {parity['text']})",
         soft_wrap=True,
     )
