@@ -11,6 +11,8 @@ import xllamacpp
 
 import secateur as sc
 
+if len(sys.argv) != 4:
+    sys.exit("usage: python examples/04_llama_cpp.py FILE.gguf CHECKPOINT TEXT")
 file, checkpoint, text = sys.argv[1:]
 loaded = sc.load(checkpoint, dtype="float32")  # as llama.cpp computes with an f32 file
 ids = loaded.tokenizer(text, return_tensors="pt").input_ids
