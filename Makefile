@@ -23,7 +23,7 @@ lint: setup
 	$(RUN)/lint-imports
 
 test: lint
-	$(RUN)/pytest --cov --cov-fail-under=85
+	$(RUN)/pytest -n 2 --dist loadfile --cov --cov-fail-under=85
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .coverage
