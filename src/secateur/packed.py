@@ -20,6 +20,7 @@ from secateur.errors import SecateurError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+VECTORS = 1024  # unit vectors that a packed matrix is applied to at a time
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REMEDY = (
     "load the float checkpoint (from_pretrained without quantization_config), or unpack a bitsandbytes model right "
@@ -70,6 +71,25 @@ def refuse_packed(model: PreTrainedModel | nn.Module, what: str, error: type[Sec
 def is_bitsandbytes_linear(module: nn.Module) -> bool:
     library: Any = sys.modules.get("bitsandbytes")
     return library is not None and isinstance(module, library.nn.Linear8bitLt | library.nn.Linear4bit)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """A linear module's weight as numbers, [out, in] or turned as it is stored; if packed, what it multiplies by.
+
+    A packed weight is not unpacked but applied to unit vectors, since its memory layout may change while the model
+    runs (bitsandbytes reorders 4-bit weights on a CPU) and only the module itself always knows it.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not packed_weights(module):
+        return weight.detach()
+    bias: Any = getattr(module, "bias", None)
+    columns = []
+    with torch.no_grad():
+        for units in torch.eye(int(module.in_features), device=weight.device).split(VECTORS):  # type: ignore[arg-type]
+            out = module(units).float()
+            columns.append(out if bias is None else out - bias.float())
+    return torch.cat(columns).T.contiguous()
 
 
 def ready_to_train(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from secateur.errors import NonFiniteError, PlanError
 from secateur.groups import Group, Groups, Kept
-from secateur.packed import packed_weights
+from secateur.packed import dense_weight
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -148,25 +148,6 @@ def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor, float, bool]:
     turned = bool(getattr(layer, "fan_in_fan_out", False))
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     return weight.T if turned else weight, a, b, float(layer.scaling[adapter]), turned
-
-
-def dense_weight(module: nn.Module) -> Tensor:
-    """A linear module's weight as numbers, [out, in] or turned as it is stored; if packed, what it multiplies by.
-
-    A packed weight is not unpacked but applied to unit vectors, since its memory layout may change while the model
-    runs (bitsandbytes reorders 4-bit weights on a CPU) and only the module itself always knows it.
-    """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if not packed_weights(module):
-        return weight.detach()
-    bias: Any = getattr(module, "bias", None)
-    columns = []
-    with torch.no_grad():
-        for units in torch.eye(int(module.in_features), device=weight.device).split(ROWS):  # type: ignore[arg-type]
-            out = module(units).float()
-            columns.append(out if bias is None else out - bias.float())
-    return torch.cat(columns).T.contiguous()
 
 
 def _positions(stay: Mapping[int, Any], dim: int, size: int, device: torch.device) -> Tensor:

@@ -63,25 +63,45 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         clock.begin("load")
         source = load_model(recipe, to_change=True)
         decides = calibration_corpus(recipe) if plan is None else PruningPlan.load(plan)
-        dense = source.model.num_parameters()
-        results = header("prune", source, recipe, decides if isinstance(decides, PruningPlan) else None)
-        results["perplexity"] = {}
-        clock.begin("evaluate_dense")
-        add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+        results = dense_results(source, recipe, clock, decides if isinstance(decides, PruningPlan) else None)
         small, used = _cut(source, recipe, decides, clock, results)
-        small = in_tier(small, wanted.tier, source, results)
-        results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
-        clock.begin("evaluate_pruned")
-        add_perplexity(results, "pruned", source, small, recipe.evaluation)
-        clock.end()
-        pruned = small.num_parameters()
-        results["params"] = {"dense": dense, "pruned": pruned, "sparsity": round(1 - pruned / dense, 6)}
-        results["timing"] = clock.seconds
-        results["memory"] = peak_memory()
+        small = add_pruned(results, small, source, recipe, clock)
         if plan is None:
             used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
         write_checked(small, folder, source, results, used)
     return results
+
+
+def dense_results(source: Checkpoint, recipe: Recipe, clock: Clock, plan: PruningPlan | None = None) -> Results:
+    """The results of a cut before it: what is cut, how large it is, and its perplexities.
+
+    Args:
+        plan: that is replayed.
+    """
+    results = header("prune", source, recipe, plan)
+    results |= {"params": {"dense": source.model.num_parameters()}, "perplexity": {}}
+    clock.begin("evaluate_dense")
+    add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+    return results
+
+
+def add_pruned(
+    results: Results, small: PreTrainedModel, source: Checkpoint, recipe: Recipe, clock: Clock
+) -> PreTrainedModel:
+    """The cut model in the form asked for; its size, perplexities, and what the cut took are added to the results.
+
+    Raises:
+        PlanError: it cannot take that form.
+    """
+    small = in_tier(small, recipe.prune.tier, source, results)
+    results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
+    clock.begin("evaluate_pruned")
+    add_perplexity(results, "pruned", source, small, recipe.evaluation)
+    clock.end()
+    dense, pruned = results["params"]["dense"], small.num_parameters()
+    results["params"] |= {"pruned": pruned, "sparsity": round(1 - pruned / dense, 6)}
+    results["timing"], results["memory"] = clock.seconds, peak_memory()
+    return small
 
 
 def _to_stream(recipe: Recipe) -> Path | None:

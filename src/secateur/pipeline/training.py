@@ -12,17 +12,13 @@ from secateur.checkpoint import Checkpoint, output_folder
 from secateur.config import Recipe
 from secateur.data import load_corpus
 from secateur.errors import BudgetError
-from secateur.pipeline.pruning import in_tier
+from secateur.pipeline.pruning import add_pruned, dense_results
 from secateur.pipeline.recovering import recovery_settings
 from secateur.pipeline.results import (
     Clock,
     Results,
-    add_perplexity,
-    class_note,
-    header,
     load_model,
     needs_tokenizer,
-    peak_memory,
     values,
     write_checked,
 )
@@ -50,24 +46,13 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         clock = Clock()
         clock.begin("load")
         source = load_model(recipe, to_change=True)
-        dense = source.model.num_parameters()
-        results = header("prune", source, recipe)
+        results = dense_results(source, recipe, clock)
         results["protocol"]["settings"] = asdict(pruning.settings)
-        results["perplexity"] = {}
-        clock.begin("evaluate_dense")
-        add_perplexity(results, "dense", source, source.model, recipe.evaluation)
         outcome = _trained(source, recipe, pruning, work, resume, clock, results)
-        small = in_tier(outcome.model, recipe.prune.tier, source, results)
-        results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
-        clock.begin("evaluate_pruned")
-        add_perplexity(results, "pruned", source, small, recipe.evaluation)
-        clock.end()
-        pruned = small.num_parameters()
-        results["params"] = {"dense": dense, "pruned": pruned, "sparsity": round(1 - pruned / dense, 6)}
+        small = add_pruned(results, outcome.model, source, recipe, clock)
         results["masked_minus_cut"] = outcome.difference
         results["kinds"] = dict(outcome.shares)
         results["left_whole"] = dict(outcome.left_whole)
-        results["timing"], results["memory"] = clock.seconds, peak_memory()
         plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
         pruning.save_adapter(folder / "adapter")
         write_checked(small, folder, source, results, plan)

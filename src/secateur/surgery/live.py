@@ -21,8 +21,7 @@ from secateur.discovery import discover
 from secateur.discovery.reference import plain_logits
 from secateur.discovery.trace import probe_ids
 from secateur.errors import PlanError
-from secateur.importance.lora_guided import dense_weight
-from secateur.packed import packed_weights
+from secateur.packed import dense_weight, packed_weights
 from secateur.plan import PruningPlan
 from secateur.surgery.adapters import PREFIX, is_adapted, unsupported
 from secateur.surgery.compaction import attributes_to_follow, compact
