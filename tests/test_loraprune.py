@@ -377,6 +377,9 @@ def test_whole_job(secateur, checkpoint_folder, text_file, tmp_path):
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert f"{results['params']['pruned']:,} parameters" in out and "ffn_channel" in out
+    assert f"differ by {results['masked_minus_cut']:.1e} from those in training" in out.replace("\n", " ")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "How it was trained while it was cut" in card and "compared with the masked model in training" in card
     assert abs(results["params"]["sparsity"] - 0.3) < 0.01
     assert results["parity"]["max_logit_difference"] <= 1e-5 and results["masked_minus_cut"] < 1e-4
     assert results["training"]["sparsity"][-1]["sparsity"] == pytest.approx(results["params"]["sparsity"], abs=1e-6)

@@ -159,6 +159,11 @@ def checks(step: Step) -> list[str]:
         lines.append(f"Cut tensor by tensor without loading the model: {check}.")
     if (difference := step.get("export", {}).get("max_logit_difference_to_source")) is not None:
         lines.append(f"Compared with the model it was made from: largest difference of logits {_figure(difference)}.")
+    if (difference := step.get("masked_minus_cut")) is not None:
+        lines.append(
+            f"Cut and merged, compared with the masked model in training: largest difference of logits "
+            f"{_figure(difference)}."
+        )
     if reason := step.get("parity_reason"):
         lines.append(f"Not checked by running it: {reason}.")
     if parity := step.get("parity"):

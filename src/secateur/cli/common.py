@@ -59,6 +59,8 @@ def print_results(results: dict[str, Any]) -> None:
         print_tiers(results["tier"])
     if note := results.get("class", {}).get("note"):
         out.print(note, soft_wrap=True)
+    if "masked_minus_cut" in results:
+        out.print(f"cut and merged, the logits differ by {results['masked_minus_cut']:.1e} from those in training")
     if "parity" in results:
         print_parity(results["parity"])
     if "streaming" in results:
