@@ -21,8 +21,9 @@ from secateur.discovery.reference import plain_logits
 from secateur.discovery.trace import probe_ids
 from secateur.errors import BudgetError, NonFiniteError, PlanError
 from secateur.importance.lora_guided import LoraGuided
-from secateur.methods.loraprune import LoRAPrune, loss_scale, unscaled
+from secateur.methods.loraprune import LoRAPrune
 from secateur.plan import PruningPlan
+from secateur.recovery.mixed_precision import loss_scale, unscaled
 from secateur.surgery.live import LiveModel
 
 

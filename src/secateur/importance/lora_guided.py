@@ -29,6 +29,7 @@ from secateur.packed import dense_weight
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
+    from torch.utils.hooks import RemovableHandle
 
 ROWS = 1024  # of a weight matrix that are scored at a time
 Positions = Mapping[tuple[str, int], Tensor]
@@ -108,6 +109,50 @@ class LoraGuided:
             by_row.append(salience.sum(1))
             by_column += salience.sum(0)
         return {int(turned): torch.cat(by_row), 1 - int(turned): by_column}
+
+
+class TrueGradients:
+    """Gradients of frozen weights that carry adapters, for the variant `grad`: summed over backward passes, float32.
+
+    They are taken from each weight as soon as they are there, so that no optimizer and no clipping sees them.
+
+    Attributes:
+        found: name of a weight -> its gradient so far.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, Tensor] = {}
+        self._weights: list[Tensor] = []
+        self._hooks: list[RemovableHandle] = []
+
+    def begin(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        """Collect for every weight with adapters on which the groups lie."""
+        for name in dict.fromkeys(m.parameter for g in groups for m in g.members):
+            layer = adapted_layer(model, name)
+            if layer is None:
+                continue
+
+            def collect(weight: Tensor, name: str = name) -> None:
+                assert weight.grad is not None
+                grad = weight.grad.float()
+                self.found[name] = self.found[name] + grad if name in self.found else grad
+                weight.grad = None
+
+            weight: Tensor = layer.get_base_layer().weight
+            self._weights.append(weight.requires_grad_(True))
+            self._hooks.append(weight.register_post_accumulate_grad_hook(collect))
+
+    def taken(self, scale: float) -> dict[str, Tensor]:
+        """What was found, divided by mixed precision's factor on the loss; it is forgotten here."""
+        found = {name: gradient / scale for name, gradient in self.found.items()}
+        self.found.clear()
+        return found
+
+    def end(self) -> None:
+        """Freeze the weights again."""
+        while self._hooks:
+            self._hooks.pop().remove()
+            self._weights.pop().requires_grad_(False)
 
 
 def adapted_layer(model: nn.Module, parameter: str) -> LoraLayer | None:

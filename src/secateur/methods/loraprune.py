@@ -23,10 +23,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -36,15 +35,13 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from secateur.allocation import Budget, allocate
 from secateur.errors import BudgetError, CheckpointError, PlanError
-from secateur.importance.lora_guided import LoraGuided, Variant, adapted_layer, check_adapted
+from secateur.importance.lora_guided import LoraGuided, TrueGradients, Variant, check_adapted
 from secateur.packed import ready_to_train
 from secateur.plan import PruningPlan
+from secateur.recovery.mixed_precision import loss_scale, unscaled
 from secateur.schedules import cubic
 from secateur.surgery import select
 from secateur.surgery.live import LiveModel
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
 
 STATE = "loraprune.safetensors"  # beside the Trainer's own files in a checkpoint
 
@@ -127,12 +124,11 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         self._share(0, 1)  # checks the schedule
         self.criterion = LoraGuided(self.settings.variant, self.settings.normalise)
         self.average: dict[str, Tensor] = {}
-        self.gradients: dict[str, Tensor] = {}
+        self.gradients = TrueGradients()
         self.history: list[dict[str, float]] = []
         self.live: LiveModel | None = None
         self.left_whole: dict[str, str] = {}
         self.shares: dict[str, Any] = {}
-        self._hooks: list[RemovableHandle] = []
 
     def prepare(self, model: Any, checkpoint: Path | str | None = None) -> None:
         """Find out what can be pruned, and bring a model to where the run was that left `checkpoint`.
@@ -164,8 +160,9 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
             self.prepare(model, checkpoint if state.global_step else None)
         elif self.live.model is not model:
             raise PlanError("this LoRAPrune was prepared for another model; make a new one for this training")
+        assert self.live is not None
         if self.settings.variant == "grad":
-            self._collect_gradients()
+            self.gradients.begin(self.live.base, [self.live.groups.named(name) for name in self.average])
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -178,17 +175,15 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         """Step 1."""
         assert self.live is not None
         if self._done(state.global_step, state.max_steps) or not unscaled(optimizer):
-            self.gradients.clear()
+            self.gradients.found.clear()
             return
         live, past = self.live, self.settings.ema
-        for gradient in self.gradients.values():
-            gradient /= loss_scale(optimizer)
-        now = self.criterion.scores(live.base, live.built, live.masked.kept, list(self.average), self.gradients)
+        gradients = self.gradients.taken(loss_scale(optimizer))
+        now = self.criterion.scores(live.base, live.built, live.masked.kept, list(self.average), gradients)
         kept = live.plan.kept
         for name, score in now.items():
             left = list(kept[name]) if name in kept else slice(None)
             self.average[name][left] = past * self.average[name][left] + (1 - past) * score
-        self.gradients.clear()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
@@ -210,11 +205,7 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
             self._save(folder / STATE)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        while self._hooks:
-            self._hooks.pop().remove()
-        if self.settings.variant == "grad" and self.live is not None:
-            for name in self._adapted():
-                self._weight(name).requires_grad_(False)
+        self.gradients.end()
 
     def finish(self) -> LoRAPruneResult:
         """Step 4: the cut and merged model.
@@ -281,31 +272,6 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         self.shares = plan.provenance["allocation"]["shares"]
         self.live.mask(PruningPlan(plan.kept, plan.units))
 
-    def _adapted(self) -> list[str]:
-        """The weights with adapters that take part in the groups."""
-        assert self.live is not None
-        names = dict.fromkeys(m.parameter for n in self.average for m in self.live.groups.named(n).members)
-        return [name for name in names if adapted_layer(self.live.base, name) is not None]
-
-    def _weight(self, name: str) -> Tensor:
-        assert self.live is not None
-        layer = adapted_layer(self.live.base, name)
-        assert layer is not None
-        weight: Tensor = layer.get_base_layer().weight
-        return weight
-
-    def _collect_gradients(self) -> None:
-        """For `grad`: keep the true gradients of the weights that carry adapters, out of the optimizer's sight."""
-        for name in self._adapted():
-
-            def collect(weight: Tensor, name: str = name) -> None:
-                assert weight.grad is not None
-                grad = weight.grad.float()
-                self.gradients[name] = self.gradients[name] + grad if name in self.gradients else grad
-                weight.grad = None
-
-            self._hooks.append(self._weight(name).requires_grad_(True).register_post_accumulate_grad_hook(collect))
-
     def _save(self, file: Path) -> None:
         """Averages, and what is removed and masked."""
         assert self.live is not None
@@ -324,24 +290,3 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
             self.average = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         self.history, self.shares = json.loads(facts["history"])
         self.live.restore(PruningPlan.from_json(facts["removed"]), PruningPlan.from_json(facts["plan"]))
-
-
-def loss_scale(optimizer: Any) -> float:
-    """Mixed precision's factor on the loss, 1 without."""
-    scaler = getattr(optimizer, "scaler", None)
-    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
-
-
-def unscaled(optimizer: Any) -> bool:
-    """Take mixed precision's factor from the gradients, where one is there; False if they overflowed: no step follows.
-
-    After clipping the Trainer has done so; the scaler knows, and does it once.
-    """
-    scaler = getattr(optimizer, "scaler", None)
-    if scaler is None or not scaler.is_enabled():
-        return True
-    inner = getattr(optimizer, "optimizer", optimizer)
-    with suppress(RuntimeError):  # where it was called since the last update
-        scaler.unscale_(inner)
-    gradients = (p.grad for group in inner.param_groups for p in group["params"] if p.grad is not None)
-    return all(bool(torch.isfinite(g).all()) for g in gradients)
