@@ -311,13 +311,12 @@ def _has_effect(reference: Reference, wrong: Groups, group: Group, number: int) 
     if differing.size == 0:
         return False
     tensor = model.state_dict()[member.parameter]
-    ids = probe_ids(model)
-    before, saved = plain_logits(model, ids), tensor.clone()
+    before, saved = plain_logits(model, reference.ids), tensor.clone()
     # Random, not constant: norms that subtract the mean do not see a constant.
     noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0), dtype=tensor.dtype)
     where = torch.from_numpy(differing)
     tensor.index_add_(member.dim, where, noise.index_select(member.dim, where))
-    after = plain_logits(model, ids)
+    after = plain_logits(model, reference.ids)
     tensor.copy_(saved)
     return _differ(before, after)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from secateur.surgery import OFFERED_KINDS
+from secateur.groups import OFFERED_KINDS
 
 RESULTS = Path(__file__).parent / "results" / "architectures"
 RUNS = Path(__file__).parent / "results" / "architectures_runs.json"

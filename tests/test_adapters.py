@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from architecture_checks import shifted
 from families import make
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from test_experts import make as make_moe
@@ -14,7 +15,7 @@ from secateur import checkpoint
 from secateur.allocation import Budget
 from secateur.checkpoint import save_adapted
 from secateur.discovery import discover
-from secateur.discovery.reference import plain_logits
+from secateur.discovery.reference import Reference, plain_logits
 from secateur.discovery.trace import probe_ids
 from secateur.errors import CheckpointError, DiscoveryError, PlanError
 from secateur.importance import CRITERIA, leave_one_out
@@ -22,6 +23,8 @@ from secateur.methods.llm_pruner import LLMPruner, run
 from secateur.plan import PruningPlan
 from secateur.surgery import mask, slice
 from secateur.surgery.adapters import Adapted, base_model
+from secateur.surgery.attributes import cut_modules
+from secateur.surgery.trial import LogitCheck, with_noise
 
 VARIANTS = {
     "lora": {},
@@ -69,6 +72,17 @@ def difference(a, b):
 
 def places(group, under):
     return {(m.parameter.partition(under)[2], m.dim) for m in group.members if under in m.parameter}
+
+
+def test_a_shifted_component_is_no_cut_of_the_rank():
+    model = with_noise(adapt(make("llama"), r=4))
+    reference = Reference(model)
+    group = next(g for g in reference.groups if g.kind == "lora_rank")
+    kept = {group.name: tuple(range(1, group.units))}
+    check = LogitCheck(model, kept, reference)
+    assert cut_modules(model, reference.groups, kept, check.same)
+    for number in range(len(group.members)):
+        assert not cut_modules(model, shifted(reference.groups, group, number), kept, check.same)
 
 
 def test_groups_take_rows_of_b_and_columns_of_a_along():

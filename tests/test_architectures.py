@@ -7,7 +7,10 @@ import pytest
 import zoo
 
 from secateur.discovery import discover
+from secateur.discovery.reference import LONG_PROBE, Reference
 from secateur.surgery import prove
+from secateur.surgery.attributes import cut_modules
+from secateur.surgery.trial import LogitCheck, with_noise
 
 # What no dense decoder has: tied widths, latent attention, experts in several layouts, state spaces.
 SAMPLE = ["bert", "deepseek_v3", "falcon_h1", "gpt_oss", "mamba", "mixtral", "phi3", "qwen3_moe"]
@@ -37,6 +40,25 @@ def test_groups_of_any_architecture_are_right(model_type):
     controls = architecture_checks.controls(model, architecture_checks.proven_families(found), wanted=2)
     assert controls["total"] > 0
     assert controls["caught"] == controls["total"], controls["missed"]
+
+
+@pytest.mark.parametrize(("model_type", "kind"), [("dbrx", "hidden"), ("longcat_flash", "query_head")])
+def test_where_tokens_run_single_experts_a_text_is_found_on_which_the_same_ones_run_after_the_cut(model_type, kind):
+    (proof,) = prove(zoo.tiny_model(model_type), [kind])
+    assert proof.route == "config" and proof.max_difference < 1e-9
+
+
+def test_what_only_chooses_tokens_is_compared_on_a_text_long_enough_for_another_choice():
+    model = with_noise(zoo.tiny_model("hy_v4"))
+    reference = Reference(model)
+    assert reference.ids.shape == LONG_PROBE
+    group = reference.groups.named("model.layers.0.self_attn.indexer.wq_b/other-2")
+    kept = {group.name: tuple(range(1, group.units))}
+    check = LogitCheck(model, kept, reference)
+    assert cut_modules(model, reference.groups, kept, check.same)
+    for number in range(len(group.members)):
+        wrong = architecture_checks.shifted(reference.groups, group, number)
+        assert not cut_modules(model, wrong, kept, check.same), group.members[number].parameter
 
 
 def test_a_shifted_member_moves_alone():

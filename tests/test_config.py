@@ -41,6 +41,10 @@ def test_overrides():
         (["prune.zzz=1"], "unknown key; known: param_sparsity"),
         (["recovery.lora=1"], "recovery.lora: unknown key"),
         (["prune.criterion=taylor"], "prune.criterion: "),
+        (
+            ["prune.kinds=[ffn_chanel]"],
+            r"prune.kinds.0: .*no kind of unit \(did you mean ffn_channel\?\); there are ffn_",
+        ),
         (["nonsense"], "write key=value"),
         (["seed.x=1"], "seed is no section"),
         (["seed=[1"], "not a YAML value"),

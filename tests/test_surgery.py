@@ -17,6 +17,7 @@ from secateur.importance import Magnitude, score
 from secateur.plan import PruningPlan
 from secateur.surgery import expressible, mask, prove, slice
 from secateur.surgery.attributes import cut_modules
+from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.trial import LogitCheck
 
 
@@ -131,6 +132,18 @@ def test_a_scalar_that_no_weight_can_take_up_is_refused():
     groups = discover(model)
     with pytest.raises(PlanError, match="derives a constant"):
         slice(model, random_plan(groups, ["hidden", "attention_head"]), groups)
+
+
+def test_an_edit_that_could_not_be_tried_is_not_said_to_compute_something_else():
+    model = make("llama")
+
+    def untried(rule, share):
+        raise PlanError("it could not be tried: another path")
+
+    solver = ConfigSolver(model, discover(model), untried)
+    family = "model.layers.*.mlp/ffn_channel"
+    assert solver.rule(family) is None
+    assert solver.refusal(family).endswith("(intermediate_size), but it could not be tried: another path")
 
 
 def test_classes_that_tie_families_say_so():

@@ -8,9 +8,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from secateur.errors import RecipeError
+from secateur.groups import OFFERED_KINDS
+
+
+def _known_kind(name: str) -> str:
+    if name not in OFFERED_KINDS:
+        near = difflib.get_close_matches(name, OFFERED_KINDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{name!r} is no kind of unit{hint}; there are {', '.join(OFFERED_KINDS)}")
+    return name
+
+
+Kind = Annotated[str, AfterValidator(_known_kind)]
 
 
 class Section(BaseModel):
@@ -62,8 +74,8 @@ class PruneSettings(Section):
     param_sparsity: float | None = Field(None, ge=0, lt=1)
     unit_sparsity: float | None = Field(None, ge=0, lt=1)
     mode: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
-    kinds: tuple[str, ...] = ()
-    kind_ratios: dict[str, Annotated[float, Field(ge=0, lt=1)]] = {}
+    kinds: tuple[Kind, ...] = ()
+    kind_ratios: dict[Kind, Annotated[float, Field(ge=0, lt=1)]] = {}
     criterion: Literal["random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed"] = "taylor-1"
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     ranking: Literal["local", "global"] = "local"

@@ -15,6 +15,12 @@ from secateur.errors import PlanError
 
 Role = Literal["producer", "consumer"]
 IndexArray = NDArray[np.int64]
+# What can be pruned where a proof is found: everything but the tokens a model knows. `other` is what the structure does
+# not tell more of.
+OFFERED_KINDS = (
+    "ffn_channel", "attention_head", "kv_group", "query_head", "head_dim", "value_dim", "hidden", "layer", "sublayer",
+    "expert", "expert_group", "expert_channel", "latent", "ssm_channel", "ssm_head", "lora_rank", "other",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ stay. A sliced model must give these logits.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_iter
 
 from secateur.discovery.axes import Axis, keep_mask, leaves
 from secateur.discovery.grouping import build_groups
-from secateur.discovery.recorder import Reduction, Trace
+from secateur.discovery.recorder import Reduction, Trace, is_data
 from secateur.discovery.residual import first_of
 from secateur.discovery.setting import plain_forward
-from secateur.discovery.trace import FAILURES, entering_states, probe_ids, run_trace
+from secateur.discovery.trace import BATCH, FAILURES, SEQ_LEN, entering_states, probe_ids, run_trace
 from secateur.errors import DiscoveryError
 from secateur.groups import Groups, Kept
 
@@ -31,8 +31,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 aten = torch.ops.aten
-LONG_PROBE = 60  # tokens; few models have fewer positions
+LONG_PROBE = (2, 60)  # texts and tokens; few models have fewer positions
+PROBES = 16  # texts to look for one on which a model runs the same operations with some units and without
 NORMS = (aten.native_layer_norm, aten._fused_rms_norm)
+
+
+class OtherPathError(DiscoveryError):
+    """The model runs other operations than when it was traced."""
 
 
 class RestrictedReductions(TorchDispatchMode):
@@ -56,7 +61,7 @@ class RestrictedReductions(TorchDispatchMode):
         out = restrict(func, args, kwargs, events) if events else func(*args, **kwargs)
         if any(isinstance(t, Tensor) for t in tree_iter(out)):
             if not self._is_next(func):
-                raise DiscoveryError(
+                raise OtherPathError(
                     "which operations the model runs depends on values, such as the experts that tokens are sent to, "
                     "and without these units other ones run than when it was traced, so nothing can be compared"
                 )
@@ -136,26 +141,43 @@ class Reference:
     Attributes:
         groups: the groups of the model.
         ids: the token ids [batch, length] it was traced on. They are more where the operations that run depend on
-            values, such as the experts that some token is sent to, so that as good as all of them run.
+            values, such as the experts that some token is sent to, so that as good as all of them run, and where tokens
+            are chosen, as an indexer does for attention: only a choice that comes out otherwise shows in the logits.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        self._trace(probe_ids(model))
-        if not self._replays(probe_ids(model, seed=1)):
-            self._trace(probe_ids(model, length=LONG_PROBE))
+        self._trace((BATCH, SEQ_LEN))
+        if any(is_data(axis.find()) for axis, _ in self.trace.chosen) or not self._replays():
+            self._trace(LONG_PROBE)
 
-    def _trace(self, ids: Tensor) -> None:
-        self.ids = ids
+    def _trace(self, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self.ids = ids = probe_ids(self.model, shape=shape)
         self.trace = run_trace(self.model, fake=False, ids=ids)
         self.groups, self._leaves = build_groups(self.model, self.trace)
 
-    def _replays(self, ids: Tensor) -> bool:
+    def _replays(self) -> bool:
+        """Whether the same operations run on another text."""
         try:
-            self.logits(ids, {})
+            self.logits(probe_ids(self.model, seed=1, shape=self.shape), {})
         except DiscoveryError:
             return False
         return True
+
+    def without(self, kept: Kept) -> tuple[Tensor, Tensor]:
+        """Token ids [batch, length] and the logits [batch, length, vocab] on them with only the `kept` units.
+
+        The ids are those of the trace, or, where the model takes another path on them without these units, others.
+
+        Raises:
+            DiscoveryError: it does so on all ids that were tried, or cannot run without these units.
+        """
+        for seed in range(PROBES):
+            ids = probe_ids(self.model, seed, self.shape)
+            with suppress(OtherPathError):
+                return ids, self.logits(ids, kept)
+        return self.ids, self.logits(self.ids, kept)
 
     def logits(self, ids: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         """Logits [batch, length, vocab] with only the `kept` units; `ids` must have the traced shape.

@@ -43,11 +43,11 @@ VALUE_DEPENDENT = (DataDependentOutputException, DynamicOutputShapeException)
 FAILURES = (RuntimeError, TypeError, ValueError, NotImplementedError, IndexError, AttributeError)
 
 
-def probe_ids(model: PreTrainedModel, seed: int = 0, length: int = SEQ_LEN) -> Tensor:
-    """Random token ids [BATCH, length]."""
+def probe_ids(model: PreTrainedModel, seed: int = 0, shape: tuple[int, int] = (BATCH, SEQ_LEN)) -> Tensor:
+    """Random token ids [batch, length]."""
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    return torch.randint(0, vocabulary, (BATCH, length), generator=generator).to(model.device)
+    return torch.randint(0, vocabulary, shape, generator=generator).to(model.device)
 
 
 def run_trace(model: PreTrainedModel, *, fake: bool = True, ids: Tensor | None = None) -> Trace:

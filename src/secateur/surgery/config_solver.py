@@ -45,7 +45,7 @@ class ConfigSolver:
         model_class: the class of the model.
         config: its configuration, never changed.
         accept: for a rule whose shapes fit, the rule with which the logits are right too (weights may have to be
-            scaled), or None: (rule, share kept) -> rule.
+            scaled), or None: (rule, share kept) -> rule. Raises PlanError if nothing could be compared.
         failure: what the class says when it runs after a rule's edit, empty if it runs, None if it refuses the edit.
         findings: what is known so far.
         on_change: told of the findings when there are more.
@@ -94,11 +94,10 @@ class ConfigSolver:
         if family not in self.findings.ties:
             self.findings.ties[family] = None
             for rule, share in itertools.chain(self._hinted_ties(family), self._ties_of(family)):
-                if accepted := self.accept(rule, share):
+                if accepted := self._accepted(family, rule, share):
                     self.findings.rules[frozenset(rule.families)] = accepted
                     self.findings.ties[family] = frozenset(rule.families)
                     break
-                self.findings.misfits.setdefault(family, rule.fields)
             self.on_change(self.findings)
         tied = self.findings.ties[family]
         return None if tied is None else self.findings.rules[tied]
@@ -209,11 +208,7 @@ class ConfigSolver:
                 f"prune these kinds together (--kinds {kinds})"
             )
         if family in self.findings.misfits:
-            fields = ", ".join(self.findings.misfits[family])
-            return (
-                f"{name} can set the width of {family} ({fields}), but the class derives a constant from it, so the "
-                "result would compute something else"
-            )
+            return f"{name} can set the width of {family} {self.findings.misfits[family]}"
         return f"{name} has no field that sets the width of {family} alone, so no class could load the result"
 
     def _values(self, config: PreTrainedConfig) -> dict[str, Any]:
@@ -298,9 +293,19 @@ class ConfigSolver:
                     for rule in self._candidates(target[1], members):
                         if self._shapes(target, rule, share, kept) != wanted:
                             continue
-                        if accepted := self.accept(rule, share):
+                        if accepted := self._accepted(families[0], rule, share):
                             return accepted
-                        self.findings.misfits.setdefault(families[0], rule.fields)
+        return None
+
+    def _accepted(self, family: str, rule: FieldRule, share: Fraction) -> FieldRule | None:
+        """The rule with which the logits are right too, or None; then what speaks against it is remembered."""
+        reason = "the class derives a constant from it, so the result would compute something else"
+        try:
+            if accepted := self.accept(rule, share):
+                return accepted
+        except PlanError as error:
+            reason = str(error)
+        self.findings.misfits.setdefault(family, f"({', '.join(rule.fields)}), but {reason}")
         return None
 
     def _candidates(self, config: PreTrainedConfig, members: Sequence[list[Group]]) -> Iterator[FieldRule]:

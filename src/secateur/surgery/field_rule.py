@@ -61,13 +61,13 @@ class Findings:
 
     Attributes:
         rules: families -> the rule that cuts just them, None where there is none.
-        misfits: family -> fields that give it the right shapes but the model another meaning.
+        misfits: family -> fields that give it the right shapes, and why they will not do all the same.
         ties: family -> the fewest families it can be cut with, itself among them, None if there are none.
         steps: family -> what its counts must be multiples of for the class to run.
     """
 
     rules: dict[frozenset[str], FieldRule | None] = field(default_factory=dict)
-    misfits: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    misfits: dict[str, str] = field(default_factory=dict)
     ties: dict[str, frozenset[str] | None] = field(default_factory=dict)
     steps: dict[str, Step] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from numpy.random import Generator
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
 from secateur.errors import DiscoveryError, PlanError
-from secateur.groups import Group, Groups
+from secateur.groups import OFFERED_KINDS, Group, Groups
 from secateur.packed import packed_weights
 from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
@@ -28,12 +28,6 @@ if TYPE_CHECKING:
 
 MAX_COUNTS = 32  # of units to try
 MAX_OWN_WEIGHTS = 300_000_000  # parameters; larger models are represented by a twin
-# What can be pruned where a proof is found: everything but the tokens a model knows. `other` is what the structure does
-# not tell more of.
-OFFERED_KINDS = (
-    "ffn_channel", "attention_head", "kv_group", "query_head", "head_dim", "value_dim", "hidden", "layer", "sublayer",
-    "expert", "expert_group", "expert_channel", "latent", "ssm_channel", "ssm_head", "lora_rank", "other",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +103,7 @@ def _prove_family(
     for kept in _choices(reference.groups, families, Fraction(count, group.units), generator):
         check = LogitCheck(model, kept, reference)
         try:
-            _ = check.wanted
+            _ = check.probe
             small = cut(model, reference.groups, kept, check, solver)
             off = single.difference(small, kept)
             if not off.failure:

@@ -55,7 +55,7 @@ class RuleCache:
         try:
             stored = json.loads(self.file.read_text(encoding="utf-8"))
             rules = {frozenset(e["families"]): _rule(e["rule"]) for e in stored["rules"]}
-            misfits = {family: tuple(fields) for family, fields in stored["misfits"].items()}
+            misfits = {family: str(text) for family, text in stored["misfits"].items()}
             ties = {family: None if tied is None else frozenset(tied) for family, tied in stored["ties"].items()}
             steps = {family: Step(**step) for family, step in stored["steps"].items()}
             return Findings(rules, misfits, ties, steps)

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from secateur.errors import PlanError
-from secateur.groups import Group, Groups
+from secateur.groups import OFFERED_KINDS, Group, Groups
 from secateur.surgery.expressible import Expressible, expressible
-from secateur.surgery.proof import OFFERED_KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

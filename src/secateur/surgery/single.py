@@ -60,7 +60,7 @@ class SinglePrecision:
     def difference(self, small: PreTrainedModel, kept: Kept) -> SingleDifference:
         """Compare a cut model, which is rounded in place."""
         original = self._original(kept)
-        ids, wanted = original or (self.double.ids, self.double.logits(self.double.ids, kept))
+        ids, wanted = original or self.double.without(kept)
         try:
             found = plain_logits(small.float(), ids)
         except Exception as error:  # sizes that only the forward pass refuses, each class in its own way
@@ -75,7 +75,7 @@ class SinglePrecision:
         if (reference := self.reference) is None:
             return None
         try:
-            return reference.ids, reference.logits(reference.ids, kept)
+            return reference.without(kept)
         except DiscoveryError:
             return None
 

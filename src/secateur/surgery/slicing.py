@@ -126,8 +126,9 @@ def checked_solver(
         if rule in wrong:
             return None
         if narrow := twin():
-            if not rule.pins and (accepted := narrow.accept(rule, share)):  # values to write would be other ones there
-                return accepted
+            with suppress(PlanError):
+                if not rule.pins and (accepted := narrow.accept(rule, share)):  # values to write would be others there
+                    return accepted
             if proven := proven_on(narrow, rule.families):
                 return as_proven(rule, proven, narrow)
         members = [g for g in oracle().groups if g.family in rule.families]
@@ -137,19 +138,21 @@ def checked_solver(
             share = Fraction(1, 2)
         subject = oracle().model
         solver = ConfigSolver(subject, oracle().groups, known=Findings.of(rule))
-        ran = False
+        ran, failure = False, ""
         for kept in solver.kept_at(rule.families, share):
             check = LogitCheck(subject, kept, oracle())
             for small in _tried(subject, solver, kept):
                 if check.same(small):
                     return rule
-                ran = ran or math.isfinite(check.difference)
+                ran, failure = ran or math.isfinite(check.difference), failure or check.failure
                 hopeless = any(fields.issubset(rule.fields) for fields in failed)
                 if not math.isfinite(check.difference) or members[0].blocks or hopeless:
                     continue
                 if folds := find_folds(subject, small, share, check.same):
                     return replace(rule, folds=folds)
                 failed.append(frozenset(rule.fields))
+        if failure and not ran:
+            raise PlanError(f"it could not be tried: {failure}")
         if ran and not members[0].blocks:
             wrong.append(rule)
         return None

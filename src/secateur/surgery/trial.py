@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Largest relative difference (Frobenius norm) of logits that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+NOISE = 0.05  # at least, on every weight; more in the biases of a router would let it choose the same experts always
 
 
 class LogitCheck:
@@ -47,8 +48,9 @@ class LogitCheck:
         return Reference(self.model)
 
     @cached_property
-    def wanted(self) -> Tensor:
-        return self.reference.logits(self.reference.ids, self.kept)
+    def probe(self) -> tuple[Tensor, Tensor]:
+        """Token ids, and the logits on them that candidates must have."""
+        return self.reference.without(self.kept)
 
     def same(self, small: PreTrainedModel) -> bool:
         """Whether the logits agree to rounding.
@@ -57,7 +59,8 @@ class LogitCheck:
         """
         self.difference, self.failure = float("inf"), ""
         try:
-            wanted, logits = self.wanted, plain_logits(small, self.reference.ids)
+            ids, wanted = self.probe
+            logits = plain_logits(small, ids)
         except Exception as error:  # sizes that only the forward pass refuses, each class in its own way
             self.failure = first_line(error)
             return False
@@ -128,8 +131,8 @@ def with_noise(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             spread = 0.1 * float(parameter.std()) if parameter.numel() > 1 else 0.0
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * max(spread, 0.05))
+            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * max(spread, NOISE))
         for name, buffer in model.named_buffers():
             if name in stored and buffer.is_floating_point():  # never negative, since some are variances
-                buffer.add_(torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
+                buffer.add_(NOISE * torch.rand(buffer.shape, generator=generator, dtype=torch.float64))
     return model
