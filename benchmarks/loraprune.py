@@ -4,8 +4,9 @@
         --output benchmarks/results/loraprune_stories260K.json
 
 Every row trains LoRA adapters for the same number of steps on the same text with the same settings. `llm-pruner` cuts
-first (first-order Taylor) and spends all steps on recovery; `lora`, `grad` and `magnitude` prune while they train.
-Rows that the output holds already, from the same protocol, are not repeated.
+first (first-order Taylor) and spends all steps on recovery, and so does `random`, which shows what is left of the
+choice of units after training; `lora`, `grad` and `magnitude` prune while they train. Rows that the output holds
+already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations
@@ -22,20 +23,22 @@ from typing import Any
 import torch
 
 import secateur as sc
-from secateur.importance import Taylor
+from secateur.importance import Random, Taylor
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
 from secateur.methods.loraprune import LoRAPrune
 from secateur.pipeline import PACKAGES, write_json
 from secateur.recovery import RecoverySettings, train, with_adapters
 
-METHODS = ("llm-pruner", "lora", "grad", "magnitude")
+METHODS = ("llm-pruner", "random", "lora", "grad", "magnitude")
+ONE_SHOT = ("llm-pruner", "random")
 
 
 def settings_of(args: argparse.Namespace, seed: int) -> RecoverySettings:
     return RecoverySettings(
         rank=args.rank, alpha=2 * args.rank, dropout=0.0, learning_rate=args.learning_rate, steps=args.steps,
-        batch_size=16, micro_batch_size=16, seq_len=args.seq_len, warmup_steps=10, save_every=10**9, seed=seed,
+        batch_size=args.batch_size, micro_batch_size=args.batch_size, seq_len=args.seq_len, warmup_steps=10,
+        save_every=10**9, seed=seed,
     )  # fmt: skip
 
 
@@ -45,9 +48,10 @@ def row(source: Any, data: Any, method: str, sparsity: float, seed: int, args: a
     facts: dict[str, Any] = {"method": method, "sparsity": sparsity, "seed": seed}
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        if method == "llm-pruner":
+        if method in ONE_SHOT:
             tokens = sc.calibration_tokens(data, tokenizer, args.samples, args.calibration_length, seed)
-            cut = llm_pruner(model, [tokens], LLMPruner(sc.Budget(param_sparsity=sparsity), Taylor(order=1)))
+            criterion = Random(seed=seed) if method == "random" else Taylor(order=1)
+            cut = llm_pruner(model, [tokens], LLMPruner(sc.Budget(param_sparsity=sparsity), criterion))
             facts["before_training"] = ppl(cut.model, tokenizer, args)
             small = sc.recover(cut.model, tokenizer, [data], settings_of(args, seed), Path(folder)).model
         else:
@@ -90,7 +94,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "dense": dense.to_json(),
         "protocol": {
             "calibration": {"samples": args.samples, "seq_len": args.calibration_length},
-            "training": {"file": Path(args.data).name, "sha256": data.sha256, "steps": args.steps, "batch_size": 16,
+            "training": {"file": Path(args.data).name, "sha256": data.sha256, "steps": args.steps,
+                         "batch_size": args.batch_size,
                          "seq_len": args.seq_len, "rank": args.rank, "learning_rate": args.learning_rate},
             "schedule": {"frequency": args.frequency, "warmup": args.warmup, "cooldown": args.cooldown},
             "normalise": not args.raw,
@@ -125,6 +130,7 @@ def main() -> None:
     parser.add_argument("--calibration-length", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--frequency", type=int, default=5)

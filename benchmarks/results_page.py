@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import loraprune_page
+
 RESULTS = Path(__file__).parent / "results"
 BASES = ("full_gradients", "forward_backward")
 PAGE = Path(__file__).parent.parent / "docs" / "results.md"
@@ -155,8 +157,18 @@ def streaming() -> list[str]:
     return lines
 
 
+def loraprune() -> list[str]:
+    """What was measured of LoRAPrune."""
+    return [
+        *loraprune_page.comparison(results("loraprune_compared_*.json")),
+        *loraprune_page.agreement(results("loraprune_agreement_*.json")),
+        *loraprune_page.memory(results("loraprune_memory*.json")),
+        *loraprune_page.compaction(results("loraprune_compaction.json")),
+    ]
+
+
 def main() -> None:
-    lines = [HEAD, *criteria(), *leave_one_out(), *scoring_cost(), *discovery_speed(), *streaming()]
+    lines = [HEAD, *criteria(), *leave_one_out(), *scoring_cost(), *loraprune(), *discovery_speed(), *streaming()]
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
 
 

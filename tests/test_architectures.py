@@ -48,11 +48,15 @@ def test_where_tokens_run_single_experts_a_text_is_found_on_which_the_same_ones_
     assert proof.route == "config" and proof.max_difference < 1e-9
 
 
-def test_what_only_chooses_tokens_is_compared_on_a_text_long_enough_for_another_choice():
-    model = with_noise(zoo.tiny_model("hy_v4"))
+@pytest.mark.parametrize(
+    ("model_type", "name"),
+    [("hy_v4", "model.layers.0.self_attn.indexer.wq_b/other-2"), ("kolibri1", "model.layers.1.mlp/expert")],
+)
+def test_what_only_decides_a_choice_is_compared_on_a_text_long_enough_for_another_one(model_type, name):
+    model = with_noise(zoo.tiny_model(model_type))
     reference = Reference(model)
     assert reference.ids.shape == LONG_PROBE
-    group = reference.groups.named("model.layers.0.self_attn.indexer.wq_b/other-2")
+    group = reference.groups.named(name)
     kept = {group.name: tuple(range(1, group.units))}
     check = LogitCheck(model, kept, reference)
     assert cut_modules(model, reference.groups, kept, check.same)

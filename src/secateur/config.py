@@ -38,6 +38,7 @@ class ModelSettings(Section):
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     device: str | None = None
     trust_remote_code: bool = False
+    quantize: Literal["8bit", "4bit", "int8"] | None = None
 
 
 class MethodSettings(Section):
@@ -89,6 +90,7 @@ class PruneSettings(Section):
     protect_last: int = Field(0, ge=0)
     layer_ratios: dict[int, float] | None = None
     layer_choice: Literal["importance", "first"] = "importance"
+    quantize_output: Literal["8bit", "4bit"] | None = None
 
     @property
     def same_widths(self) -> bool:
@@ -155,6 +157,15 @@ class Recipe(Section):
     def _data_to_train_on(self) -> Recipe:
         if self.method.trains and self.recovery is None:
             raise ValueError(f"{self.method.name} prunes while it trains: give a recovery section (data, steps, ...)")
+        return self
+
+    @model_validator(mode="after")
+    def _packed_base(self) -> Recipe:
+        if not self.method.trains and (self.model.quantize or self.prune.quantize_output):
+            raise ValueError(
+                f"{self.method.name} cuts float weights: quantize and quantize_output are for methods that prune while "
+                "they train (loraprune); what was cut can be quantised as it is loaded (from_pretrained)"
+            )
         return self
 
 

@@ -4,7 +4,7 @@ from secateur.checkpoint.adapted import save_adapted
 from secateur.checkpoint.card import Form, checkpoint_form
 from secateur.checkpoint.folders import check_space, output_folder
 from secateur.checkpoint.lineage import WRITERS, carried_plan, earlier
-from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton, quantisation
+from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton
 from secateur.checkpoint.parity import (
     Parity,
     check_same_logits,
@@ -12,6 +12,7 @@ from secateur.checkpoint.parity import (
     verify_in_fresh_process,
     verify_reload,
 )
+from secateur.checkpoint.quantised import QUANTISERS, quantisation, quantised_copy
 from secateur.checkpoint.saving import save, weight_bytes, write, write_about
 from secateur.checkpoint.shards import SHARD_SIZE
 from secateur.checkpoint.stream import StreamReport, cut_streaming
@@ -19,6 +20,7 @@ from secateur.checkpoint.streamed import StreamCheck, verify_streamed
 
 __all__ = [
     "BUNDLED",
+    "QUANTISERS",
     "SHARD_SIZE",
     "WRITERS",
     "Checkpoint",
@@ -38,6 +40,7 @@ __all__ = [
     "logit_difference",
     "output_folder",
     "quantisation",
+    "quantised_copy",
     "save",
     "save_adapted",
     "verify_in_fresh_process",

@@ -10,7 +10,7 @@ from typing import Any
 from secateur.plan import PruningPlan
 
 Step = Mapping[str, Any]
-STAGES = ("dense", "pruned", "recovered")
+STAGES = ("dense", "pruned", "quantised", "recovered")  # of perplexities, in their order
 # Entries of a plan's provenance that are told in words, or say nothing about the choice.
 TOLD = ("allocation", "model_sha256", "seed", "dtype", "device", "versions", "settings", "calibration", "method")
 CHOSEN_BY = ("budget", "kinds", "ranking")  # entries of an allocation, where there are no settings
@@ -122,6 +122,8 @@ def figures(steps: Sequence[Step]) -> list[str]:
             row = rows.setdefault((name, *(facts.get(key) for key in PROTOCOL)), dict(facts))
             row |= {stage: facts[stage] for stage in STAGES if stage in facts}
             ways[f"{_windows(facts)}; {_machine(step)}"] = None
+            if packed := step.get("protocol", {}).get("quantised"):
+                ways[f"`dense` is the model with its linear modules packed by {packed}, as it was trained on"] = None
     if not rows:
         return ["No perplexity was measured."]
     stages = [stage for stage in STAGES if any(stage in row for row in rows.values())]

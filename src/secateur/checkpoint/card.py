@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.checkpoint import account
 from secateur.checkpoint.lineage import base_metadata, steps_of
+from secateur.checkpoint.quantised import quantisation
 from secateur.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ PER_LAYER = (
     "(`{file}.py`):"
 )
 NO_FLAG = "With `import secateur` before it, the flag is not needed and the file is not run."
+PACKED = "The linear modules but the head are quantised; loading them takes the library {library}."
 NO_LICENCE = "None was found beside the model that this one was made from. Its terms hold here, too."
 
 
@@ -62,7 +64,9 @@ def checkpoint_form(model: PreTrainedModel) -> Form:
         file = remote["AutoModelForCausalLM"].partition(".")[0]
         use = f"{why.format(file=file)}\n\n{LOADING.format(flag=FLAG)}{more}"
     dtype = str(model.dtype).removeprefix("torch.")
-    return Form(f"`{type(model).__name__}`, {dtype}", model.num_parameters(), use)
+    packed = quantisation(model.config)
+    notes = (PACKED.format(library=packed),) if packed else ()
+    return Form(f"`{type(model).__name__}`, {dtype}", model.num_parameters(), use, notes=notes)
 
 
 def model_card(form: Form, results: Mapping[str, Any], plan: PruningPlan | None, base: Checkpoint | None) -> str:

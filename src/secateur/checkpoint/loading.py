@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from secateur.checkpoint.quantised import Quantiser, quantisation, quantiser, refuse_quantised
 from secateur.errors import CheckpointError, first_line
 
 if TYPE_CHECKING:
@@ -54,15 +55,18 @@ def load(
     device: str | None = None,
     trust_remote_code: bool = False,
     to_change: bool = False,
+    quantise: Quantiser | None = None,
 ) -> Checkpoint:
     """Load a causal language model and its tokenizer from a folder, a hub name, or `demo`.
 
     Args:
         dtype: as stored if not given.
         to_change: the weights are going to be cut or trained, for which they must not be quantised.
+        quantise: pack the linear modules while they are loaded; see `checkpoint.quantised`.
 
     Raises:
-        CheckpointError: not a checkpoint, corrupted, pickle-only, not a causal language model, or incomplete.
+        CheckpointError: not a checkpoint, corrupted, pickle-only, not a causal language model, incomplete, or quantised
+            already.
     """
     from transformers import AutoModelForCausalLM
 
@@ -70,6 +74,11 @@ def load(
     config = _config(place, trust_remote_code)
     if to_change:
         refuse_quantised(source, config)
+    packing: dict[str, Any] = {}
+    if quantise is not None:
+        if method := quantisation(config):
+            raise CheckpointError(f"{source} is quantised already ({method}): leave --quantize out")
+        packing = {"quantization_config": quantiser(quantise), "device_map": {"": device or "cpu"}}
     if isinstance(place, Path):
         _check_weights(place)
     try:
@@ -80,13 +89,14 @@ def load(
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            **packing,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"cannot load {source}: {first_line(error)}") from error
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = ", ".join(sorted(str(n) for n in [*info["missing_keys"], *info.get("mismatched_keys", [])])[:5])
         raise CheckpointError(f"{source} lacks weights its config.json asks for, or has them in other shapes: {names}")
-    if device:
+    if device and not packing:
         model.to(device)
     sha256 = checkpoint_sha256(place) if isinstance(place, Path) else None
     return Checkpoint(model.eval(), _tokenizer(place, trust_remote_code), str(source), sha256, config.model_type)
@@ -228,28 +238,6 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if not isinstance(found, torch.dtype):
         raise CheckpointError(f"unknown dtype {dtype!r}; use float32, bfloat16 or float16")
     return found
-
-
-def refuse_quantised(source: str | Path, config: PreTrainedConfig) -> None:
-    """Make sure that the weights are plain numbers.
-
-    Raises:
-        CheckpointError: they are quantised.
-    """
-    if method := quantisation(config):
-        raise CheckpointError(
-            f"{source} is quantised ({method}), and packed weights can be neither cut nor trained: "
-            "prune the float checkpoint it was made from, recover that, and quantise the result"
-        )
-
-
-def quantisation(config: PreTrainedConfig) -> str | None:
-    """Name of the method by which the weights of a checkpoint are quantised, None if they are not."""
-    settings: Any = getattr(config, "quantization_config", None)  # a dict as read, an object once a quantiser took it
-    if not settings:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return str(getattr(method, "value", method))
 
 
 def checkpoint_sha256(folder: Path, stop: Event | None = None) -> str:

@@ -19,8 +19,9 @@ import torch
 from secateur.checkpoint.card import is_remote
 from secateur.checkpoint.folders import check_space
 from secateur.checkpoint.lineage import copy_beside, files_beside
-from secateur.checkpoint.loading import hashing, load_skeleton, refuse_quantised, weight_files
+from secateur.checkpoint.loading import hashing, load_skeleton, weight_files
 from secateur.checkpoint.names import Piece, names_to_write, pieces_on_disk
+from secateur.checkpoint.quantised import refuse_quantised
 from secateur.checkpoint.shards import FLOATS, INDEX, SHARD_SIZE, Shards, Written, divided, write_index, write_shards
 from secateur.checkpoint.tensorfiles import Cut, Stored, header_bytes, read_header
 from secateur.discovery import discover

@@ -71,6 +71,13 @@ def prune(
     compact_every: Annotated[
         int | None, typer.Option(help="loraprune: steps between removals of what is masked; faster training.")
     ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="loraprune: pack the frozen base: 8bit or 4bit (bitsandbytes), int8 (torchao)."),
+    ] = None,
+    quantize_output: Annotated[
+        str | None, typer.Option(help="loraprune: pack the result, too: 8bit or 4bit; full precision if not given.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="loraprune: go on from the last checkpoint.")] = False,
     seed: Seed = 42,
     dtype: Dtype = None,
@@ -113,7 +120,7 @@ def prune(
     recipe = recipe_of(
         model,
         {
-            "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
+            "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize},
             "method": {"name": method} | tuning,
             "prune": _budget(sparsity, kinds, plan)
             | scoring
@@ -124,6 +131,7 @@ def prune(
                 "round_to": round_to,
                 "protect_first": protect_first,
                 "protect_last": protect_last,
+                "quantize_output": quantize_output,
             },
             "evaluation": {"texts": text},
             "recovery": recovery,

@@ -40,11 +40,15 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 def print_results(results: dict[str, Any]) -> None:
     """The table of a prune, recover or run command."""
+    from secateur.checkpoint.account import STAGES
+
     params = results["params"]
     if "dense" in params:
         share = f"{params['sparsity']:.2%} of all parameters removed"
         out.print(f"{params['dense']:,} -> {params['pruned']:,} parameters ({share})")
-    stages = [s for s in ("dense", "pruned", "recovered") if any(s in p for p in results["perplexity"].values())]
+    stages = [s for s in STAGES if any(s in p for p in results["perplexity"].values())]
+    if packed := results.get("protocol", {}).get("quantised"):
+        out.print(f"dense is the model as it was trained on, its linear modules packed by {packed}")
     if stages:
         table = Table("perplexity", "tokens", "length", *stages)
         for name, p in results["perplexity"].items():

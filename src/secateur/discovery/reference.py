@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from secateur.discovery.axes import Axis, keep_mask, leaves
 from secateur.discovery.grouping import build_groups
-from secateur.discovery.recorder import Reduction, Trace, is_data
+from secateur.discovery.recorder import Reduction, Trace
 from secateur.discovery.residual import first_of
 from secateur.discovery.setting import plain_forward
 from secateur.discovery.trace import BATCH, FAILURES, SEQ_LEN, entering_states, probe_ids, run_trace
@@ -141,14 +141,15 @@ class Reference:
     Attributes:
         groups: the groups of the model.
         ids: the token ids [batch, length] it was traced on. They are more where the operations that run depend on
-            values, such as the experts that some token is sent to, so that as good as all of them run, and where tokens
-            are chosen, as an indexer does for attention: only a choice that comes out otherwise shows in the logits.
+            values, such as the experts that some token is sent to, so that as good as all of them run, and where a
+            router chooses experts or an indexer tokens: of what only decides a choice, such as a correction bias,
+            nothing shows in the logits unless the choice comes out otherwise.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self._trace((BATCH, SEQ_LEN))
-        if any(is_data(axis.find()) for axis, _ in self.trace.chosen) or not self._replays():
+        if self.trace.chosen or not self._replays():
             self._trace(LONG_PROBE)
 
     def _trace(self, shape: tuple[int, int]) -> None:

@@ -41,6 +41,7 @@ from secateur.plan import PruningPlan
 from secateur.recovery.mixed_precision import loss_scale, unscaled
 from secateur.schedules import cubic
 from secateur.surgery import select
+from secateur.surgery.compaction import check_unpacked
 from secateur.surgery.live import LiveModel
 
 STATE = "loraprune.safetensors"  # beside the Trainer's own files in a checkpoint
@@ -137,9 +138,12 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         whose checkpoint holds factors of fewer rows and columns than a fresh model.
 
         Raises:
-            PlanError: nothing can be pruned, or nothing of a kind asked for by name, or the adapters cannot guide it.
+            PlanError: nothing can be pruned, or nothing of a kind asked for by name; the adapters cannot guide it; or
+                packed weights would have to be compacted.
         """
         live = LiveModel(model)
+        if self.settings.compact_every:
+            check_unpacked(live.base)
         kinds = self.settings.kinds or live.groups.kinds_in_blocks()
         can = live.possible(kinds, uniform=self.settings.uniform)
         named, uniform = self.settings.kinds, self.settings.uniform

@@ -64,6 +64,7 @@ def load_model(recipe: Recipe, source: Path | str | None = None, *, to_change: b
         device=wanted.device,
         trust_remote_code=wanted.trust_remote_code,
         to_change=to_change,
+        quantise=wanted.quantize,
     )
 
 
@@ -98,6 +99,7 @@ def header(command: str, source: Checkpoint, recipe: Recipe, plan: PruningPlan |
             "seed": recipe.seed,
             "dtype": str(source.model.dtype).removeprefix("torch."),
             "device": str(source.model.device),
+            **({"quantised": packed} if (packed := checkpoints.quantisation(source.model.config)) else {}),
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             **choice,
         },

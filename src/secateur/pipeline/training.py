@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.allocation import Budget
-from secateur.checkpoint import Checkpoint, output_folder
+from secateur.checkpoint import Checkpoint, output_folder, quantised_copy
 from secateur.config import Recipe
 from secateur.data import load_corpus
 from secateur.errors import BudgetError
@@ -17,6 +17,7 @@ from secateur.pipeline.recovering import recovery_settings
 from secateur.pipeline.results import (
     Clock,
     Results,
+    add_perplexity,
     load_model,
     needs_tokenizer,
     values,
@@ -45,7 +46,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
-        source = load_model(recipe, to_change=True)
+        source = load_model(recipe)  # may be quantised: what trains are adapters
         results = dense_results(source, recipe, clock)
         results["protocol"]["settings"] = asdict(pruning.settings)
         outcome = _trained(source, recipe, pruning, work, resume, clock, results)
@@ -55,6 +56,9 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["left_whole"] = dict(outcome.left_whole)
         plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
         pruning.save_adapter(folder / "adapter")
+        if how := recipe.prune.quantize_output:
+            small = quantised_copy(small, how)
+            add_perplexity(results, "quantised", source, small, recipe.evaluation)
         write_checked(small, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
     return results

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from secateur.packed import is_bitsandbytes_linear
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -52,7 +54,7 @@ def _is_plain(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     base: Any = nn.Linear if isinstance(module, nn.Linear) else Conv1D
-    if type(module).forward is base.forward:
+    if type(module).forward is base.forward or is_bitsandbytes_linear(module):
         return True
     weight: torch.Tensor = module.weight  # type: ignore[assignment]
     width = weight.shape[1 if base is nn.Linear else 0]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from secateur.discovery.reference import Reference
 from secateur.errors import PlanError
 from secateur.groups import Groups, IndexArray, Kept
+from secateur.packed import packed_weights
 from secateur.surgery.attributes import Slot, cut_modules, size_attributes
 from secateur.surgery.input_masks import base_of, input_dim
 from secateur.surgery.trial import LogitCheck
@@ -45,6 +46,16 @@ def attributes_to_follow(reference: Reference, kept: Kept) -> frozenset[Slot]:
     return found[1]
 
 
+def check_unpacked(model: nn.Module) -> None:
+    """Make sure that all weights can be cut in place.
+
+    Raises:
+        PlanError: one is stored in packed form.
+    """
+    for packed in packed_weights(model).values():
+        raise PlanError(f"{packed.text}, and so cannot be cut in place: train with masks alone (no compact_every)")
+
+
 def compact(
     model: nn.Module, groups: Groups, kept: Kept, slots: frozenset[Slot], optimizer: Optimizer | None = None
 ) -> None:
@@ -58,6 +69,7 @@ def compact(
     Raises:
         PlanError: a weight is stored in packed form, or the optimizer keeps state of other shapes than its parameters.
     """
+    check_unpacked(model)
     changes = list(size_attributes(model, groups, kept, lambda path: path.removesuffix(ADAPTED)))
     cuts = [cut for name, dims in groups.kept_positions(kept).items() for cut in _cuts(model, name, dims)]
     for cut in cuts:
@@ -85,11 +97,6 @@ class _Cut:
     def check(self, optimizer: Optimizer | None) -> None:
         """Make sure that the tensor, and what the optimizer keeps for it, can be cut."""
         tensor = self.tensor
-        if not tensor.is_floating_point():
-            raise PlanError(
-                f"a {type(self.module).__name__} holds its weight packed, which cannot be cut in place: train with "
-                "masks alone (no compact_every)"
-            )
         for key, value in _state(optimizer, tensor).items():
             if isinstance(value, Tensor) and value.dim() and value.shape != tensor.shape:
                 raise PlanError(

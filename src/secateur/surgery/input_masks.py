@@ -127,9 +127,9 @@ def not_maskable(reference: Reference, kinds: Sequence[str], seed: int = 0) -> d
     for family, members in reference.groups.families(kinds).items():
         kept = {g.name: _half(g, generator) for g in members}
         try:
+            ids, wanted = reference.without(kept)
             with InputMasks(reference.model, reference.groups).holding(kept):
-                masked = plain_logits(reference.model, reference.ids)
-            wanted = reference.logits(reference.ids, kept)
+                masked = plain_logits(reference.model, ids)
         except (PlanError, DiscoveryError) as error:
             refused[family] = f"it cannot be masked while the model trains: {error}"
             continue

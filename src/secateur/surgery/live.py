@@ -19,6 +19,7 @@ from torch import Tensor
 
 from secateur.discovery import discover
 from secateur.discovery.reference import plain_logits
+from secateur.discovery.stand_ins import known_packed
 from secateur.discovery.trace import probe_ids
 from secateur.errors import PlanError
 from secateur.packed import dense_weight, packed_weights
@@ -52,11 +53,13 @@ class LiveModel:
 
     Raises:
         PlanError: the adapters are of a kind that is not cut with its model.
+        DiscoveryError: weights are packed in a way that is not known.
     """
 
     def __init__(self, model: Any) -> None:
         if is_adapted(model) and (reason := unsupported(model)):
             raise PlanError(reason)
+        known_packed(model)
         self.model = model
         self.base: PreTrainedModel = model.get_base_model() if is_adapted(model) else model
         self.blank = blank(self.base)
@@ -163,7 +166,7 @@ class LiveModel:
             path, _, leaf = name.rpartition(".")
             module = self.base.get_submodule(path)
             is_matrix = leaf == "weight" and input_dim(base_of(module)) is not None
-            tensor = merged(module) if is_matrix else getattr(base_of(module), leaf).detach()
+            tensor = merged(module, self.base.dtype) if is_matrix else getattr(base_of(module), leaf).detach()
             for dim, keep in positions.get(name, {}).items():
                 tensor = tensor.index_select(dim, torch.from_numpy(keep).to(tensor.device))
             yield name, tensor
@@ -185,16 +188,21 @@ class LiveModel:
         return difference
 
 
-def merged(module: Any) -> Tensor:
-    """The weight of a linear module with its adapters, if it has any, merged; as its base stores it."""
+def merged(module: Any, unpacked: torch.dtype) -> Tensor:
+    """The weight of a linear module with its adapters, if it has any, merged; as its base stores it.
+
+    Args:
+        unpacked: dtype in which a packed weight is returned.
+    """
     weight = dense_weight(base_of(module))
+    final = unpacked if packed_weights(base_of(module)) else weight.dtype
     if base_of(module) is module:
-        return weight
+        return weight.to(final)
     total = weight.float() if weight.dtype != torch.float64 else weight.clone()
     for adapter in module.active_adapters:
         if adapter in module.lora_A:
             total = total + module.get_delta_weight(adapter).to(total)
-    return total.to(weight.dtype)
+    return total.to(final)
 
 
 def _own_chance() -> AbstractContextManager[None]:

@@ -1,0 +1,101 @@
+"""Checkpoints whose weights are packed: told apart, loaded so from float ones, and made from a cut model."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from secateur.errors import CheckpointError, first_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+Quantiser = Literal["8bit", "4bit", "int8"]
+# Which library packs, and what it is known as there. Others are left out that the Trainer does not train adapters on.
+QUANTISERS: Mapping[Quantiser, tuple[str, str]] = {
+    "8bit": ("bitsandbytes", "LLM.int8()"),
+    "4bit": ("bitsandbytes", "NF4 with double quantisation"),
+    "int8": ("torchao", "weight-only int8"),
+}
+
+
+def quantisation(config: PreTrainedConfig) -> str | None:
+    """Name of the method by which the weights of a checkpoint are quantised, None if they are not."""
+    settings: Any = getattr(config, "quantization_config", None)  # a dict as read, an object once a quantiser took it
+    if not settings:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method))
+
+
+def refuse_quantised(source: str | Path, config: PreTrainedConfig) -> None:
+    """Make sure that the weights are plain numbers.
+
+    Raises:
+        CheckpointError: they are quantised.
+    """
+    if method := quantisation(config):
+        raise CheckpointError(
+            f"{source} is quantised ({method}), and packed weights can be neither cut nor trained: prune the float "
+            "checkpoint it was made from, recover that, and quantise the result; or train adapters on it while it is "
+            "pruned (--method loraprune)"
+        )
+
+
+def quantiser(name: Quantiser) -> Any:
+    """The `quantization_config` of transformers by which float weights are packed while they are loaded.
+
+    Raises:
+        CheckpointError: the library is not installed.
+    """
+    library, _ = QUANTISERS[name]
+    if importlib.util.find_spec(library) is None:
+        raise CheckpointError(f"{name} weights are packed by {library}, which is not installed: pip install {library}")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "4bit":
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def quantised_copy(model: PreTrainedModel, name: Quantiser) -> PreTrainedModel:
+    """A float model with its linear modules packed, except for its head; what it computes is rounded accordingly.
+
+    Raises:
+        CheckpointError: the library is not there, does not take these sizes, or packs what cannot be saved.
+    """
+    library, _ = QUANTISERS[name]
+    if library != "bitsandbytes":
+        raise CheckpointError(f"only 8bit and 4bit results can be saved, not {name}: leave --quantize-output out")
+    packing = quantiser(name)
+    with _saved(model) as folder:
+        try:
+            packed: PreTrainedModel = type(model).from_pretrained(
+                folder, dtype=model.dtype, quantization_config=packing, device_map={"": model.device}
+            )
+            with torch.no_grad():
+                copy.deepcopy(packed).eval()(torch.zeros(1, 2, dtype=torch.long, device=model.device))
+        except Exception as error:  # kernels refuse sizes in ways of their own
+            raise CheckpointError(
+                f"{library} does not pack the cut model as {name}: {first_line(error)}; widths that are multiples of "
+                "64 (--round-to 64) suit it, or leave --quantize-output out"
+            ) from error
+    return packed.eval()
+
+
+@contextmanager
+def _saved(model: PreTrainedModel) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        yield folder
