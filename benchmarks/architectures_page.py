@@ -253,11 +253,16 @@ def timing(records: Sequence[Record], runs: Record) -> str:
             f"\nThe types took {spent:.0f} minutes one by one, on two cores that did other work as well; no run over "
             "all of them at once, on an idle machine, is on record yet.\n"
         )
-    load = run["load_average"]
+    load, last = run["load_average"], runs["last"]
+    later = (
+        f"The last run, over {last['types']} of them again, took {last['wall_s'] / 60:.0f} minutes more "
+        f"({last['start']}, load average {last['load_average']['mean']:.1f}).\n"
+    )
     return (
         f"\nOne run over all {run['types']} entries, from nothing: {run['wall_s'] / 60:.0f} minutes with "
         f"{run['jobs']} jobs on {run['cpus']} cores, from {run['start']} to {run['end']} (load average "
         f"{load['before']:.1f} before it and {load['mean']:.1f} in the mean while it ran).\n"
+        + (later if last != run else "")
     )
 
 

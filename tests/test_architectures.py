@@ -1,5 +1,7 @@
 """A fixed sample of the architectures that `benchmarks/architectures.py` runs over."""
 
+import json
+
 import architecture_checks
 import architectures_page
 import numpy as np
@@ -15,6 +17,15 @@ from secateur.surgery.trial import LogitCheck, with_noise
 # What no dense decoder has: tied widths, latent attention, experts in several layouts, state spaces.
 SAMPLE = ["bert", "deepseek_v3", "falcon_h1", "gpt_oss", "mamba", "mixtral", "phi3", "qwen3_moe"]
 
+
+# Architectures on which units of some kind are proven, at least.
+PROMISED = {
+    ("ffn_channel",): 168,
+    ("attention_head", "kv_group", "query_head"): 125,
+    ("hidden",): 130,
+    ("expert", "expert_group", "expert_channel"): 50,
+    ("layer",): 160,
+}
 
 # Every fourth type; the whole sweep takes half an hour.
 QUARTER = [t for t in zoo.model_types()[::4] if t not in zoo.UNSUPPORTED and t not in SAMPLE]
@@ -63,6 +74,22 @@ def test_what_only_decides_a_choice_is_compared_on_a_text_long_enough_for_anothe
     for number in range(len(group.members)):
         wrong = architecture_checks.shifted(reference.groups, group, number)
         assert not cut_modules(model, wrong, kept, check.same), group.members[number].parameter
+
+
+def test_the_sweep_on_record_found_what_is_promised():
+    records = [json.loads(file.read_text()) for file in architectures_page.RESULTS.glob("*.json")]
+    assert {r["model_type"] for r in records} == set(zoo.model_types())
+    traced = [r for r in records if r.get("traced")]
+    proven = [{f["kind"] for f in r["families"] if f.get("route") in ("config", "modules")} for r in traced]
+    assert sum(bool(r.get("instantiated")) for r in records) >= 181 and len(traced) >= 176
+    assert not any(architectures_page.is_wrong(f) for r in traced for f in r["families"])
+    for kinds, least in PROMISED.items():
+        assert sum(bool(set(kinds) & p) for p in proven) >= least, kinds
+    controls = [r["controls"] for r in traced]
+    assert sum(c["caught"] for c in controls) == sum(c["total"] for c in controls) >= 500
+    assert (
+        sum({"hidden", "ffn_channel"} <= set(r["round_trip"]["kinds"]) for r in traced if r["round_trip"]["ok"]) >= 40
+    )
 
 
 def test_a_shifted_member_moves_alone():
