@@ -228,7 +228,14 @@ BAD = {
     "short text": (["--sparsity", "0.2", "--calibration", "{short}", "--seq-len", "64"], "fewer than one window"),
     "no field": (["--sparsity", "0.2", "--calibration", "{fields}"], "no field 'text'"),
     "unknown criterion": (["--sparsity", "0.2", "--criterion", "l3"], "prune.criterion"),
-    "no such kind": (["--sparsity", "0.2", "--kinds", "ffn_channel,bogus"], "this model offers"),
+    "no such kind": (
+        ["--sparsity", "0.2", "--kinds", "ffn_channel,bogus"],
+        "'bogus' is no kind of unit; there are ffn_",
+    ),
+    "kind it lacks": (
+        ["--sparsity", "0.2", "--calibration", "{good}", "--kinds", "ffn_channel,expert"],
+        "this model offers",
+    ),
     "no plan": (["--plan", "nothing.json"], "cannot read the plan"),
     "foreign plan": (["--plan", "{plan}"], "another model"),
     "protected uniform": (["--sparsity", "0.2", "--calibration", "{good}", "--protect-first", "1"], "per-layer"),
