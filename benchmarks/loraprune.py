@@ -5,8 +5,9 @@
 
 Every row trains LoRA adapters for the same number of steps on the same text with the same settings. `llm-pruner` cuts
 first (first-order Taylor) and spends all steps on recovery, and so does `random`, which shows what is left of the
-choice of units after training; `lora`, `grad` and `magnitude` prune while they train. Rows that the output holds
-already, from the same protocol, are not repeated.
+choice of units after training; `lora`, `grad` and `magnitude` prune while they train. `lora-replayed` tells the choice of
+units from the time they go: the plan that `lora` ends with is cut from the dense model at once, and all steps are spent
+on recovery. Rows that the output holds already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ from secateur.methods.loraprune import LoRAPrune
 from secateur.pipeline import PACKAGES, write_json
 from secateur.recovery import RecoverySettings, train, with_adapters
 
-METHODS = ("llm-pruner", "random", "lora", "grad", "magnitude")
+METHODS = ("llm-pruner", "random", "lora", "lora-replayed", "grad", "magnitude")
 ONE_SHOT = ("llm-pruner", "random")
+REPLAYED = "-replayed"
 
 
 def settings_of(args: argparse.Namespace, seed: int) -> RecoverySettings:
@@ -58,12 +60,16 @@ def row(source: Any, data: Any, method: str, sparsity: float, seed: int, args: a
             settings = settings_of(args, seed)
             adapted = with_adapters(model, settings, experts=False)
             pruning = LoRAPrune(
-                sparsity, variant=method, frequency=args.frequency, warmup=args.warmup, cooldown=args.cooldown,
+                sparsity, variant=method.removesuffix(REPLAYED), frequency=args.frequency, warmup=args.warmup, cooldown=args.cooldown,
                 normalise=not args.raw, compact_every=args.frequency,
             )  # fmt: skip
             train(adapted, tokenizer, [data], settings, Path(folder), callbacks=[pruning])
             result = pruning.finish()
             small, facts["masked_minus_cut"] = result.model, result.difference
+            if method.endswith(REPLAYED):
+                cut = sc.slice(source.model, result.plan)
+                facts["before_training"] = ppl(cut, tokenizer, args)
+                small = sc.recover(cut, tokenizer, [data], settings, Path(folder) / "again").model
     facts |= {
         "parameters": small.num_parameters(),
         "reached": round(1 - small.num_parameters() / source.model.num_parameters(), 5),

@@ -10,14 +10,16 @@ On a Llama with random weights, each way runs in a process of its own (peak memo
     lora_8bit       the same on a base packed by bitsandbytes, LLM.int8()
     lora_4bit       the same on NF4
 
-`weights` is the loaded model, `peak` the model and what the step needs beyond it. On the CPU both are resident memory
-beyond the imports (Linux; the peak is reset after loading), on an accelerator what its allocator gave out. Embeddings
-and head are never packed.
+`weights` is the loaded model, `peak` the model and what the step needs beyond it, activations recomputed or not. On the
+CPU both are resident memory beyond the imports (Linux; the peak is reset after loading, and weights are copied out of
+the mapped file first, which is counted as resident as far as it has been touched), on an accelerator what its allocator
+gave out. Embeddings and head are never packed.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -80,6 +82,10 @@ def one_way(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Memory and seconds of one way, in this process."""
     meter = Meter(args.device)
     model: Any = load(folder, dtype=args.dtype, device=args.device, quantise=WAYS[way]).model
+    if args.device == "cpu":
+        out_of_the_file(model)
+    if args.recompute:
+        model.train().gradient_checkpointing_enable()
     ids = torch.randint(1000, (args.samples, args.seq_len), generator=torch.Generator().manual_seed(0)).to(args.device)
     weights, step = meter.now(), full_gradients(model, ids) if way == "full_gradients" else guided(model, ids, args)
     meter.restart()
@@ -89,9 +95,17 @@ def one_way(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         step()
         seconds.append(time.perf_counter() - begin)
     return {
-        "way": way, "dtype": args.dtype, "weights_bytes": weights, "peak_bytes": meter.peak(),
+        "way": way, "dtype": args.dtype, "recompute": args.recompute, "weights_bytes": weights, "peak_bytes": meter.peak(),
         "seconds": round(statistics.median(seconds), 3),
     }  # fmt: skip
+
+
+def out_of_the_file(model: torch.nn.Module) -> None:
+    """Give every plain weight memory of its own."""
+    for parameter in model.parameters():
+        if type(parameter) is torch.nn.Parameter:
+            parameter.data = parameter.data.clone()
+    gc.collect()
 
 
 def full_gradients(model: Any, ids: torch.Tensor) -> Any:
@@ -133,10 +147,11 @@ def in_own_process(way: str, folder: Path, args: argparse.Namespace) -> dict[str
     command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
     for name in ("dtype", "device", "samples", "seq_len", "repetitions", "rank"):
         command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
+    command += ["--recompute"] * args.recompute
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}  # freed blocks go back to the system
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        return {"way": way, "dtype": args.dtype, "failed": done.stderr.strip().splitlines()[-1]}
+        return {"way": way, "dtype": args.dtype, "recompute": args.recompute, "failed": done.stderr.strip().splitlines()[-1]}
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 
@@ -170,6 +185,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--scratch", type=Path, help="folder with room for the checkpoint")
+    parser.add_argument("--recompute", action="store_true", help="only with gradient checkpointing; both if not given")
     parser.add_argument("--way", help="internal: run one way and print its figures")
     parser.add_argument("--folder", type=Path, help="internal: the checkpoint")
     args = parser.parse_args()
@@ -177,8 +193,9 @@ def main() -> None:
         print(json.dumps(one_way(args.way, args.folder, args)))
         return
     rows = []
-    for dtype in [args.dtype] if args.dtype else ["float32", "bfloat16"]:
-        rows += measure(argparse.Namespace(**{**vars(args), "dtype": dtype}))
+    for recompute in [True] if args.recompute else [False, True]:
+        for dtype in [args.dtype] if args.dtype else ["float32", "bfloat16"]:
+            rows += measure(argparse.Namespace(**{**vars(args), "dtype": dtype, "recompute": recompute}))
     protocol = {
         "shape": SHAPES[args.shape], "samples": args.samples, "seq_len": args.seq_len, "rank": args.rank,
         "repetitions": args.repetitions, "threads": torch.get_num_threads(), "kinds": KINDS,

@@ -11,7 +11,7 @@ NAMES = {
     "random": "random units, then recovery",
     "lora": "LoRAPrune",
     "grad": "LoRAPrune, exact gradient",
-    "magnitude": "LoRAPrune, magnitude",
+    "lora-replayed": "LoRAPrune's units cut at once, then recovery", "magnitude": "LoRAPrune, magnitude",
 }
 Data = Mapping[str, Any]
 
@@ -97,19 +97,20 @@ def memory(found: Iterable[Data]) -> list[str]:
             f"`benchmarks/loraprune_memory.py`: a random Llama of {rows[0]['parameters']:,} parameters on "
             f"{protocol['device']}, {protocol['samples']} x {protocol['seq_len']} tokens. `full_gradients` is one "
             "scoring step of LLM-Pruner, the others are training steps of LoRA adapters that score on the way. The "
-            "peak counts the weights; embeddings and head are not packed; ratios are to `full_gradients`, in the same "
-            "run.",
+            "peak counts the weights; embeddings and head are not packed; ratios are to `full_gradients` of the same "
+            "dtype with the same activations, in the same run.",
             "",
-            "| dtype | way | weights | peak | ratio of peaks | seconds |",
-            "| --- | --- | ---: | ---: | ---: | ---: |",
+            "| dtype | activations | way | weights | peak | ratio of peaks | seconds |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: |",
         ]
         for r in rows:
+            how = f"| {r['dtype']} | {'recomputed' if r['recompute'] else 'held'} | {r['way']} |"
             if "failed" in r:
-                lines.append(f"| {r['dtype']} | {r['way']} | | | | {r['failed']} |")
+                lines.append(f"{how} | | | {r['failed']} |")
                 continue
             sizes = [f"{r[name] / 2**20:,.0f} MiB" for name in ("weights_bytes", "peak_bytes")]
             lines.append(
-                f"| {r['dtype']} | {r['way']} | {sizes[0]} | {sizes[1]} | {r['peak_ratio']:.2f} | {r['seconds']:.2f} |"
+                f"{how} {sizes[0]} | {sizes[1]} | {r['peak_ratio']:.2f} | {r['seconds']:.2f} |"
             )
         lines.append("")
     return lines

@@ -223,6 +223,25 @@ def test_a_coarse_step_is_taken_and_fine_ones_given_back_when_they_alone_cannot_
     assert (removed_count(plan, kv), removed_count(plan, ffn)) == (1, 8)  # 128 + 8 * 24 = 320, closest to 314
 
 
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("ranking", ["local", "global"])
+@pytest.mark.parametrize("final", [0.2, 0.3, 0.45])
+def test_a_run_of_looks_ends_where_a_single_cut_does(final, ranking, uniform):
+    """Finer units that went in place of a coarse one early on could never come back, until none of them is left."""
+    groups = llama_groups(layers=2, hidden=128, ffn=384, kv=4, rep=2, head_dim=16, vocab=2048)
+    scores = random_scores(groups, BLOCK_KINDS, 3)
+    plan = None
+    for share in np.linspace(0, final, 30)[1:-1]:
+        before = -1.0 if plan is None else plan.provenance["allocation"]["sparsity"]
+        plan = allocate(
+            groups, scores, Budget(share), ranking=ranking, uniform=uniform, beyond=plan, settle=False
+        )  # fmt: skip
+        assert before <= plan.provenance["allocation"]["sparsity"] <= share + 1e-9
+    at_the_end = allocate(groups, scores, Budget(final), ranking=ranking, uniform=uniform, beyond=plan)
+    at_once = allocate(groups, scores, Budget(final), ranking=ranking, uniform=uniform)
+    assert at_the_end.kept == at_once.kept
+
+
 def test_the_steps_of_a_family_keep_their_order():
     """Also where a more important block is so large that it is the cheaper one per parameter."""
     groups = llama_groups(layers=3, ffn=[2, 40, 10])

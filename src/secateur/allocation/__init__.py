@@ -69,6 +69,7 @@ def allocate(
     ties: Sequence[Sequence[str]] = (),
     multiples: Mapping[str, int] | None = None,
     beyond: PruningPlan | None = None,
+    settle: bool = True,
 ) -> PruningPlan:
     """Choose the units that stay.
 
@@ -85,6 +86,8 @@ def allocate(
         uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios, feasible, ties, multiples: see
             `Limits`.
         beyond: a plan for the same groups; what it removes goes again, whatever its score.
+        settle: False on the way to the budget of a run that takes nothing back: units go in order, up to the one that
+            would be too much. Were finer units to make up for a coarse one there, it would never be its turn.
 
     Returns:
         The plan; its provenance records these arguments, the sparsity and the share of each kind reached, under
@@ -109,7 +112,7 @@ def allocate(
         beyond.kept if beyond else {},
     )
     kinds = list(dict.fromkeys([groups.named(name).kind for name in scores] if kinds is None else kinds))
-    families, counts = _choose(groups, scores, budget, kinds, ranking, limits)
+    families, counts = _choose(groups, scores, budget, kinds, ranking, limits, settle)
     kept = _kept_units(families, counts)
     if not uniform:
         kept = _without_removed_blocks(groups, kept)
@@ -119,7 +122,13 @@ def allocate(
 
 
 def _choose(
-    groups: Groups, scores: Scores, budget: Budget | None, kinds: Sequence[str], ranking: RankingName, limits: Limits
+    groups: Groups,
+    scores: Scores,
+    budget: Budget | None,
+    kinds: Sequence[str],
+    ranking: RankingName,
+    limits: Limits,
+    settle: bool,
 ) -> tuple[Sequence[Family], IndexArray]:
     """The families to be cut and the steps that each keeps; arguments and errors as for `allocate`."""
     if ranking not in ("local", "global"):
@@ -127,7 +136,7 @@ def _choose(
     families: Sequence[Family] = select_families(groups, scores, kinds, limits)
     size = parameters_left(groups, families)
     families, counts = _expressible_counts(
-        families, limits, lambda choice: _counts(budget, ranking, choice, size, groups.total_parameters)
+        families, limits, lambda choice: _counts(budget, ranking, choice, size, groups.total_parameters, settle)
     )
     assert groups.remaining_parameters(_kept_units(families, counts)) == size.at(counts)
     return families, counts
@@ -176,7 +185,7 @@ def _expressible_counts(
 
 
 def _counts(
-    budget: Budget | None, ranking: RankingName, families: Sequence[Family], size: Size, parameters: int
+    budget: Budget | None, ranking: RankingName, families: Sequence[Family], size: Size, parameters: int, settle: bool
 ) -> IndexArray:
     """Steps that each family keeps.
 
@@ -214,7 +223,8 @@ def _counts(
             f"a sparsity of {share:g} cannot be reached by cutting {kinds}: {_floor(families)}, "
             f"and the largest reachable sparsity is {largest:g}; cut more kinds, or lift protection or rounding"
         )
-    return rank(families, size, measure, ranking).settle(target)
+    ranked = rank(families, size, measure, ranking)
+    return ranked.settle(target) if settle else ranked.kept(ranked.first(ranked.until(target)))
 
 
 def _floor(families: Sequence[Family]) -> str:

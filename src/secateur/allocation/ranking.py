@@ -49,6 +49,17 @@ class Ranking:
         """Steps taken of each family when the first `steps` of the order are."""
         return np.bincount(self.order[:steps], minlength=len(self.places)).astype(np.int64)
 
+    def until(self, target: float) -> int:
+        """How many steps may be taken in order before one would pass `target`."""
+        below, above = 0, len(self.order)
+        while below < above:
+            middle = (below + above + 1) // 2
+            if self.left(self.first(middle)) >= target:
+                below = middle
+            else:
+                above = middle - 1
+        return below
+
     def settle(self, target: float) -> IndexArray:
         """Units kept in each family so that the measure comes closest to `target`.
 
@@ -60,13 +71,7 @@ class Ranking:
         Args:
             target: what should be left of the measure; must be within reach.
         """
-        below, above = 0, len(self.order)
-        while below < above:
-            middle = (below + above + 1) // 2
-            if self.left(self.first(middle)) >= target:
-                below = middle
-            else:
-                above = middle - 1
+        below = self.until(target)
         found = [self._polished(self._walked(self.first(below), target, 1), target)]
         if below < len(self.order):
             found.append(self._polished(self._walked(self.first(below + 1), target, -1), target))

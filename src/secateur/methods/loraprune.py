@@ -198,7 +198,7 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         last = self._done(step, steps) and not self._done(step - 1, steps)
         due = step % every.frequency == 0 or (step == 1 and every.initial > 0)
         if last or (due and not self._done(step, steps)):
-            self._prune_to(self._share(step, steps))
+            self._prune_to(self._share(step, steps), settle=last)
             self.history.append({"step": step, "share": self._share(step, steps), "sparsity": self.sparsity})
         if every.compact_every and (last or step % every.compact_every == 0):
             self.live.compact(optimizer)
@@ -254,8 +254,8 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
         """Whether the ramp has ended."""
         return step >= steps * (1 - self.settings.cooldown)
 
-    def _prune_to(self, share: float) -> None:
-        """Mask more, until this share of the uncut model is gone."""
+    def _prune_to(self, share: float, *, settle: bool) -> None:
+        """Mask more, until this share of the uncut model is gone; `settle` as for `allocate`."""
         assert self.live is not None
         s, before = self.settings, self.live.plan
         budget = Budget(share) if s.budget.unit_sparsity is None else Budget(unit_sparsity=share)
@@ -272,6 +272,7 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
             ties=self.can.ties,
             multiples=self.can.multiples,
             beyond=before,
+            settle=settle,
         )
         self.shares = plan.provenance["allocation"]["shares"]
         self.live.mask(PruningPlan(plan.kept, plan.units))
