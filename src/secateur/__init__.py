@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from secateur.data import calibration_tokens, load_corpus
     from secateur.discovery import discover
     from secateur.errors import SecateurError
-    from secateur.evaluation import perplexity
+    from secateur.evaluation import Knowledge, knowledge_distribution
+    from secateur.evaluation.perplexity import perplexity
     from secateur.groups import Group, Groups, Member
     from secateur.importance import Magnitude, Random, Taylor, leave_one_out, score
     from secateur.plan import PruningPlan
@@ -35,6 +36,7 @@ _HOME = {
     "Budget": "allocation",
     "Group": "groups",
     "Groups": "groups",
+    "Knowledge": "evaluation",
     "Magnitude": "importance",
     "Member": "groups",
     "PruningPlan": "plan",
@@ -46,6 +48,7 @@ _HOME = {
     "bench": "benchmark",
     "calibration_tokens": "data",
     "discover": "discovery",
+    "knowledge_distribution": "evaluation",
     "leave_one_out": "importance",
     "load": "checkpoint",
     "load_corpus": "data",
@@ -60,9 +63,9 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "Group", "Groups", "Magnitude", "Member", "PruningPlan", "Random", "RecoverySettings", "SecateurError",
-    "Taylor", "allocate", "bench", "calibration_tokens", "discover", "leave_one_out", "load", "load_corpus", "mask",
-    "perplexity", "prove", "recover", "save", "score", "slice",
+    "Budget", "Group", "Groups", "Knowledge", "Magnitude", "Member", "PruningPlan", "Random", "RecoverySettings",
+    "SecateurError", "Taylor", "allocate", "bench", "calibration_tokens", "discover", "knowledge_distribution",
+    "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "recover", "save", "score", "slice",
 ]  # fmt: skip
 
 

@@ -70,7 +70,10 @@ class CalibrationSettings(Section):
 
 
 class PruneSettings(Section):
-    """What to remove, and how to choose it."""
+    """What to remove, and how to choose it.
+
+    Of the groups in `knowledge`, a file that `secateur analyze` wrote, the worst `protect_share` is left whole.
+    """
 
     param_sparsity: float | None = Field(None, ge=0, lt=1)
     unit_sparsity: float | None = Field(None, ge=0, lt=1)
@@ -88,6 +91,8 @@ class PruneSettings(Section):
     round_to: int = Field(1, ge=1)
     protect_first: int = Field(0, ge=0)
     protect_last: int = Field(0, ge=0)
+    knowledge: str | None = None
+    protect_share: float | None = Field(None, ge=0, lt=1)
     layer_ratios: dict[int, float] | None = None
     layer_choice: Literal["importance", "first"] = "importance"
     quantize_output: Literal["8bit", "4bit"] | None = None
@@ -97,10 +102,21 @@ class PruneSettings(Section):
         """Whether every layer gets the same widths, by the tier if one is asked for."""
         return self.uniform if self.tier == "auto" else self.tier in ("uniform", "depth")
 
+    @property
+    def share_to_protect(self) -> float:
+        """Of the groups in the knowledge file; a tenth if nothing else is said."""
+        return 0.1 if self.protect_share is None else self.protect_share
+
     @model_validator(mode="after")
     def _one_budget(self) -> PruneSettings:
         if self.param_sparsity is not None and self.unit_sparsity is not None:
             raise ValueError("give param_sparsity or unit_sparsity, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _share_of_something(self) -> PruneSettings:
+        if self.protect_share is not None and self.knowledge is None:
+            raise ValueError("protect_share is a share of the groups in a knowledge file: give knowledge, too")
         return self
 
 

@@ -41,6 +41,10 @@ class PlanError(SecateurError):
     """A plan that does not fit the model, or a cut that the model's class cannot express."""
 
 
+class KnowledgeError(SecateurError):
+    """An analysis that cannot be made, read or gone on with, or that belongs to another model."""
+
+
 class NonFiniteError(SecateurError):
     """A loss or score that is NaN or infinite; names the parameter."""
 

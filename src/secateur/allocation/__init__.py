@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,7 @@ def allocate(
     round_to: int = 1,
     protect_first: int = 0,
     protect_last: int = 0,
+    protect: Collection[str] = (),
     layer_ratios: Mapping[int, float] | None = None,
     kind_ratios: Mapping[str, float] | None = None,
     feasible: Feasible | None = None,
@@ -83,8 +84,8 @@ def allocate(
         kinds: kinds of groups to cut; default: those that `scores` contains.
         ranking: `local` removes the same share of every group; `global` removes the units with the least importance
             per parameter wherever they are (see `secateur.allocation.ranking.rank` for why per parameter).
-        uniform, round_to, protect_first, protect_last, layer_ratios, kind_ratios, feasible, ties, multiples: see
-            `Limits`.
+        uniform, round_to, protect_first, protect_last, protect, layer_ratios, kind_ratios, feasible, ties, multiples:
+            see `Limits`.
         beyond: a plan for the same groups; what it removes goes again, whatever its score.
         settle: False on the way to the budget of a run that takes nothing back: units go in order, up to the one that
             would be too much. Were finer units to make up for a coarse one there, it would never be its turn.
@@ -104,6 +105,7 @@ def allocate(
         round_to,
         protect_first,
         protect_last,
+        protect,
         layer_ratios,
         kind_ratios or {},
         feasible,
@@ -150,6 +152,7 @@ def max_sparsity(
     round_to: int = 1,
     protect_first: int = 0,
     protect_last: int = 0,
+    protect: Collection[str] = (),
     layer_ratios: Mapping[int, float] | None = None,
     feasible: Feasible | None = None,
     ties: Sequence[Sequence[str]] = (),
@@ -160,7 +163,9 @@ def max_sparsity(
     Where blocks differ in size and kind `layer` or `sublayer` is cut, what is left depends on the scores; this assumes
     that the last blocks stay.
     """
-    limits = Limits(uniform, round_to, protect_first, protect_last, layer_ratios, {}, feasible, ties, multiples or {})
+    limits = Limits(
+        uniform, round_to, protect_first, protect_last, protect, layer_ratios, {}, feasible, ties, multiples or {}
+    )
     families = select_families(groups, None, list(dict.fromkeys(kinds)), limits)
     return 1 - parameters_left(groups, families).at(_fewest(families)) / groups.total_parameters
 

@@ -125,6 +125,11 @@ def select_families(groups: Groups, scores: Scores | None, kinds: Sequence[str],
             "sublayers are left out of single layers, which uniform output cannot do; use per-layer output "
             "(uniform=False, --per-layer)"
         )
+    if limits.uniform and (single := [g.name for g in groups.of_kinds(kinds) if g.name in limits.protect]):
+        raise BudgetError(
+            f"single groups are to be left whole ({single[0]}), which gives layers different widths, and these uniform "
+            "output cannot have; use per-layer output (uniform=False, --per-layer)"
+        )
     _check_ratios(groups, kinds, limits)
     chosen = _sets_of_groups(groups, kinds, limits)
     stay = {g.blocks[u] for members in chosen for g in members for u in g.stays}
@@ -181,6 +186,8 @@ def _united(found: list[list[Group]], ties: Sequence[Sequence[str]]) -> list[lis
 
 
 def _protected(group: Group, last_layer: int, limits: Limits) -> bool:
+    if group.name in limits.protect:
+        return True
     layer = group.layer
     if group.blocks or layer is None or layer in (limits.layer_ratios or {}):
         return False
@@ -188,7 +195,8 @@ def _protected(group: Group, last_layer: int, limits: Limits) -> bool:
 
 
 def _protected_blocks(group: Group, limits: Limits, groups: Groups, stay: Set[str]) -> IndexArray:
-    """Units of a `layer` or `sublayer` group that must stay: those in protected layers, and those around `stay`."""
+    """Units of a `layer` or `sublayer` group that must stay: those in protected layers, and those around `stay` or a
+    protected group."""
     if not group.blocks:
         return np.zeros(0, dtype=np.int64)
     home = group.name.partition("/")[0] + "."
@@ -196,7 +204,7 @@ def _protected_blocks(group: Group, limits: Limits, groups: Groups, stay: Set[st
     found = []
     for unit, block in enumerate(group.blocks):
         layer = group.layer_of(block)
-        inside = any(path == block or path.startswith(block + ".") for path in stay)
+        inside = any(path == block or path.startswith((block + ".", block + "/")) for path in {*stay, *limits.protect})
         if inside or layer < limits.protect_first or layer > last - limits.protect_last:
             found.append(unit)
     return np.array(found, dtype=np.int64)

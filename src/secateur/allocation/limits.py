@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from secateur.errors import BudgetError
@@ -20,6 +20,8 @@ class Limits:
             classes load. Under global ranking the k-th least important units of all layers then go together.
         round_to: FFN channels and hidden dimensions that are cut keep a multiple of this.
         protect_first, protect_last: decoder layers at either end that are not cut (nor removed, nor their sublayers).
+        protect: names of groups that are not cut at all (nor removed with the layer or sublayer they lie in), such as
+            those of `Knowledge.most_sensitive`.
         layer_ratios: layer number -> share of the units of its groups to remove, instead of what the ranking would
             give it; overrides protection.
         kind_ratios: kind -> share of the units of its groups to remove, rounded to the nearest count possible; the
@@ -38,6 +40,7 @@ class Limits:
     round_to: int = 1
     protect_first: int = 0
     protect_last: int = 0
+    protect: Collection[str] = ()
     layer_ratios: Mapping[int, float] | None = None
     kind_ratios: Mapping[str, float] = field(default_factory=dict)
     feasible: Feasible | None = None

@@ -32,6 +32,7 @@ def provenance(
         "round_to": limits.round_to,
         "protect_first": limits.protect_first,
         "protect_last": limits.protect_last,
+        "protect": sorted(limits.protect),
         "layer_ratios": {str(layer): share for layer, share in (limits.layer_ratios or {}).items()},
         "kind_ratios": dict(limits.kind_ratios),
         "shares": shares(groups, [g for f in families for g in f.groups], kept, asked),

@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from secateur.cli.analysis import analyze
 from secateur.cli.change import prune, recover
 from secateur.cli.common import out
 from secateur.cli.inspect import bench, eval_, groups
@@ -35,6 +36,7 @@ app = typer.Typer(
 app.command()(groups)
 app.command()(prune)
 app.command()(recover)
+app.command()(analyze)
 app.command(name="eval")(eval_)
 app.command()(bench)
 app.command()(export)

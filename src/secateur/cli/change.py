@@ -57,6 +57,12 @@ def prune(
     round_to: Annotated[int | None, typer.Option(help="Make channel counts multiples of this.")] = None,
     protect_first: Annotated[int | None, typer.Option(help="Layers at the start to leave whole.")] = None,
     protect_last: Annotated[int | None, typer.Option(help="Layers at the end to leave whole.")] = None,
+    knowledge: Annotated[
+        Path | None, typer.Option(help="What `secateur analyze` wrote: leave its most sensitive groups whole.")
+    ] = None,
+    protect_share: Annotated[
+        float | None, typer.Option(help="Share of the groups in that file to leave whole; 0.1 if not given.")
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Replay this plan instead of scoring.")] = None,
     text: Text = None,
     recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
@@ -131,6 +137,8 @@ def prune(
                 "round_to": round_to,
                 "protect_first": protect_first,
                 "protect_last": protect_last,
+                "knowledge": None if knowledge is None else str(knowledge),
+                "protect_share": protect_share,
                 "quantize_output": quantize_output,
             },
             "evaluation": {"texts": text},

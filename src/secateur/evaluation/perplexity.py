@@ -79,9 +79,9 @@ def perplexity(
         DataError: the text is shorter than a window, the model's positions too few, or there is no BOS token.
         NonFiniteError: the loss is NaN or infinite.
     """
-    ids = _tokens(model, tokenizer, corpus, seq_len)
+    ids = tokens_of(model, tokenizer, corpus, seq_len)
     prefix = _prefix(tokenizer, bos)
-    windows = _windows(ids, seq_len - len(prefix), stride, predict_first=bos)
+    windows = windows_of(ids, seq_len - len(prefix), stride, predict_first=bos)
     if not windows:
         raise DataError(f"{corpus.source} has {len(ids)} tokens, fewer than one window of {seq_len}")
     total, count = 0.0, 0
@@ -90,7 +90,7 @@ def perplexity(
     try:
         batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
         for batch in _progress(batches, model, len(ids)):
-            losses, counted = _batch_loss(model, batch, prefix)
+            losses, counted = batch_loss(model, batch, prefix)
             total, count = total + losses, count + counted
     finally:
         model.train(training)
@@ -105,7 +105,7 @@ def perplexity(
 Window = tuple[Tensor, int]  # token ids, how many of the last ones are counted
 
 
-def _windows(ids: Tensor, length: int, stride: int | None, *, predict_first: bool) -> list[Window]:
+def windows_of(ids: Tensor, length: int, stride: int | None, *, predict_first: bool) -> list[Window]:
     """Cut the stream; without a BOS in front, the first token of a window has nothing to be predicted from."""
     first = 0 if predict_first else 1
     if stride is None:
@@ -124,7 +124,7 @@ def _windows(ids: Tensor, length: int, stride: int | None, *, predict_first: boo
     return windows if len(ids) >= length else []
 
 
-def _batch_loss(model: PreTrainedModel, batch: list[Window], prefix: Tensor) -> tuple[float, int]:
+def batch_loss(model: PreTrainedModel, batch: list[Window], prefix: Tensor) -> tuple[float, int]:
     """Summed loss of the counted tokens of some windows, in float32 logits and a float64 sum."""
     total, count = 0.0, 0
     by_length: dict[int, list[Window]] = {}
@@ -140,7 +140,12 @@ def _batch_loss(model: PreTrainedModel, batch: list[Window], prefix: Tensor) -> 
     return total, count
 
 
-def _tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seq_len: int) -> Tensor:
+def tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, seq_len: int) -> Tensor:
+    """The whole text as one stream of token ids, rows joined by blank lines.
+
+    Raises:
+        DataError: windows of `seq_len` tokens exceed the model's positions.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and seq_len > positions:
         raise DataError(

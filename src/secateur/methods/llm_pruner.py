@@ -59,6 +59,7 @@ class LLMPruner:
         ranking: `local` removes the same share everywhere, `global` the least important per parameter.
         iterations: steps over which the sparsity grows, scores refreshed in each.
         uniform: the same widths in every layer, so that stock classes load the result.
+        protect: names of groups to leave whole, such as those a knowledge distribution finds most sensitive.
         layer_choice: for layer-wise mode, `importance`, or the reference's `first` (keep the first ones).
 
     Raises:
@@ -76,6 +77,7 @@ class LLMPruner:
     round_to: int = 1
     protect_first: int = 0
     protect_last: int = 0
+    protect: tuple[str, ...] = ()
     layer_ratios: Mapping[int, float] | None = None
     kind_ratios: Mapping[str, float] = field(default_factory=dict)
     layer_choice: Literal["importance", "first"] = "importance"
@@ -141,6 +143,7 @@ def run(
             round_to=settings.round_to,
             protect_first=settings.protect_first,
             protect_last=settings.protect_last,
+            protect=settings.protect,
             layer_ratios=settings.layer_ratios,
             kind_ratios=_ratios(settings.kind_ratios, step, settings.iterations),
             feasible=can.feasible,

@@ -62,6 +62,7 @@ class LoRAPruneSettings:
         warmup, cooldown: shares of the run before and after the ramp.
         ranking: `local` removes the same share everywhere, `global` the least important per parameter.
         uniform: the same widths in every layer, so that stock classes load the result.
+        protect: names of groups to leave whole, such as those a knowledge distribution finds most sensitive.
         compact_every: optimizer steps between two compactions; None masks until the end.
     """
 
@@ -79,6 +80,7 @@ class LoRAPruneSettings:
     round_to: int = 1
     protect_first: int = 0
     protect_last: int = 0
+    protect: tuple[str, ...] = ()
     compact_every: int | None = None
 
 
@@ -268,6 +270,7 @@ class LoRAPrune(TrainerCallback):  # type: ignore[misc]
             round_to=s.round_to,
             protect_first=s.protect_first,
             protect_last=s.protect_last,
+            protect=s.protect,
             feasible=self.can.feasible,
             ties=self.can.ties,
             multiples=self.can.multiples,

@@ -1,5 +1,6 @@
 """The steps of the whole job, each from one checkpoint folder to the next, and the recipe that joins them."""
 
+from secateur.pipeline.analysing import analyze
 from secateur.pipeline.measuring import benchmark, evaluate
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.recipes import run_recipe
@@ -10,6 +11,7 @@ from secateur.pipeline.training import prune_while_training
 
 __all__ = [
     "PACKAGES",
+    "analyze",
     "benchmark",
     "evaluate",
     "export",

@@ -18,6 +18,7 @@ from secateur.errors import BudgetError, DataError, PlanError, StreamingError
 from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Random, Taylor
 from secateur.methods import llm_pruner
+from secateur.pipeline.protecting import Protection, protection
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -53,6 +54,9 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
     if wanted.tier == "depth" and plan is None and wanted.mode != "layer-wise" and "layer" not in (wanted.kinds or ()):
         raise PlanError("the tier depth drops whole layers, and these settings none: add --mode layer-wise")
+    if plan is not None and wanted.knowledge is not None:
+        raise PlanError("a plan says already what goes, so a knowledge file has no use: give --plan or --knowledge")
+    protects = protection(wanted)
     if plan is not None and (place := _to_stream(recipe)):
         try:
             return _stream(recipe, place, output, plan, overwrite)
@@ -63,8 +67,9 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         clock.begin("load")
         source = load_model(recipe, to_change=True)
         decides = calibration_corpus(recipe) if plan is None else PruningPlan.load(plan)
-        results = dense_results(source, recipe, clock, decides if isinstance(decides, PruningPlan) else None)
-        small, used = _cut(source, recipe, decides, clock, results)
+        replayed = decides if isinstance(decides, PruningPlan) else None
+        results = dense_results(source, recipe, clock, replayed, protects)
+        small, used = _cut(source, recipe, decides, protects.groups, clock, results)
         small = add_pruned(results, small, source, recipe, clock)
         if plan is None:
             used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
@@ -72,13 +77,25 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     return results
 
 
-def dense_results(source: Checkpoint, recipe: Recipe, clock: Clock, plan: PruningPlan | None = None) -> Results:
+def dense_results(
+    source: Checkpoint,
+    recipe: Recipe,
+    clock: Clock,
+    plan: PruningPlan | None = None,
+    protects: Protection | None = None,
+) -> Results:
     """The results of a cut before it: what is cut, how large it is, and its perplexities.
 
     Args:
         plan: that is replayed.
+        protects: what is left whole by a knowledge distribution.
+
+    Raises:
+        KnowledgeError: that was made of another checkpoint.
     """
     results = header("prune", source, recipe, plan)
+    if protects is not None:
+        protects.record(source, results)
     results |= {"params": {"dense": source.model.num_parameters()}, "perplexity": {}}
     clock.begin("evaluate_dense")
     add_perplexity(results, "dense", source, source.model, recipe.evaluation)
@@ -150,7 +167,12 @@ def _for(source: Checkpoint, plan: PruningPlan) -> PruningPlan:
 
 
 def _cut(
-    source: Checkpoint, recipe: Recipe, decides: PruningPlan | Corpus, clock: Clock, results: Results
+    source: Checkpoint,
+    recipe: Recipe,
+    decides: PruningPlan | Corpus,
+    protect: tuple[str, ...],
+    clock: Clock,
+    results: Results,
 ) -> tuple[PreTrainedModel, PruningPlan]:
     """The smaller model and the plan behind it: one to replay, or one made now by scores on a text."""
     if isinstance(decides, PruningPlan):
@@ -158,7 +180,8 @@ def _cut(
         clock.begin("cut")
         return slice(source.model, decides), _for(source, decides)
     batches = [calibration_batch(source, decides, recipe, results)]
-    result = llm_pruner.run(source.model, batches, method_settings(recipe.prune, recipe.seed), clock.begin)
+    settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
+    result = llm_pruner.run(source.model, batches, settings, clock.begin)
     results["kinds"] = result.plan.provenance["allocation"]["shares"]
     results["left_whole"] = dict(result.left_whole)
     return result.model, result.plan
@@ -184,14 +207,9 @@ def in_tier(small: PreTrainedModel, wanted: str, source: Checkpoint, results: Re
 def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     """The method's settings that a recipe describes."""
     unlimited = prune.param_sparsity is None and prune.unit_sparsity is None
-    criterion: Criterion = CRITERIA[prune.criterion]
-    if isinstance(criterion, Random):
-        criterion = replace(criterion, seed=seed)
-    if isinstance(criterion, Taylor):
-        criterion = replace(criterion, gradient_checkpointing=prune.gradient_checkpointing)
     return llm_pruner.LLMPruner(
         budget=None if unlimited else Budget(prune.param_sparsity, prune.unit_sparsity),
-        criterion=criterion,
+        criterion=criterion_of(prune, seed),
         mode=prune.mode,
         kinds=prune.kinds or (tuple(prune.kind_ratios) if unlimited else ()),
         reduction=prune.reduction,
@@ -205,6 +223,16 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
         kind_ratios=prune.kind_ratios,
         layer_choice=prune.layer_choice,
     )
+
+
+def criterion_of(prune: PruneSettings, seed: int) -> Criterion:
+    """The criterion that a recipe names."""
+    criterion: Criterion = CRITERIA[prune.criterion]
+    if isinstance(criterion, Random):
+        return replace(criterion, seed=seed)
+    if isinstance(criterion, Taylor):
+        return replace(criterion, gradient_checkpointing=prune.gradient_checkpointing)
+    return criterion
 
 
 def calibration_corpus(recipe: Recipe) -> Corpus:

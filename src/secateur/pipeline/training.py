@@ -12,6 +12,7 @@ from secateur.checkpoint import Checkpoint, output_folder, quantised_copy
 from secateur.config import Recipe
 from secateur.data import load_corpus
 from secateur.errors import BudgetError
+from secateur.pipeline.protecting import protection
 from secateur.pipeline.pruning import add_pruned, dense_results
 from secateur.pipeline.recovering import recovery_settings
 from secateur.pipeline.results import (
@@ -42,12 +43,13 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
     work = output.with_name(output.name + ".work")
     if work.exists() and not resume:
         shutil.rmtree(work)
-    pruning = method_of(recipe)
+    protects = protection(recipe.prune)
+    pruning = method_of(recipe, protects.groups)
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
         source = load_model(recipe)  # may be quantised: what trains are adapters
-        results = dense_results(source, recipe, clock)
+        results = dense_results(source, recipe, clock, protects=protects)
         results["protocol"]["settings"] = asdict(pruning.settings)
         outcome = _trained(source, recipe, pruning, work, resume, clock, results)
         small = add_pruned(results, outcome.model, source, recipe, clock)
@@ -64,8 +66,11 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
     return results
 
 
-def method_of(recipe: Recipe) -> LoRAPrune:
+def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> LoRAPrune:
     """The callback that a recipe describes.
+
+    Args:
+        protect: names of groups to leave whole.
 
     Raises:
         BudgetError: it does not say how much to remove, or asks for shares of kinds or layers.
@@ -85,6 +90,7 @@ def method_of(recipe: Recipe) -> LoRAPrune:
         round_to=prune.round_to,
         protect_first=prune.protect_first,
         protect_last=prune.protect_last,
+        protect=protect,
         **recipe.method.model_dump(exclude={"name"}),
     )
 
