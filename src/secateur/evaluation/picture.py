@@ -42,7 +42,8 @@ def check_picture(path: Path) -> None:
 def draw(knowledge: Knowledge, path: Path, title: str, protected: Collection[str] = ()) -> None:
     """Write the picture; its format goes by the ending of the name.
 
-    Perplexity relative to the dense one on a logarithmic scale, the same for all panels. Of several groups of a family
+    By how many percent perplexity lies above the dense one, on a scale that all panels share, logarithmic beyond one
+    percent and linear within. Of several groups of a family
     in one layer each is a point, and the line goes through their means. Groups to be protected have a ring.
 
     Raises:
@@ -63,7 +64,7 @@ def draw(knowledge: Knowledge, path: Path, title: str, protected: Collection[str
     for panel in panels[len(families) :]:
         panel.remove()
     for panel in panels[: len(families) : columns]:
-        panel.set_ylabel("perplexity / dense perplexity")
+        panel.set_ylabel("perplexity above dense [%]")
     handles = _key(knowledge, protected)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     dense = knowledge.dense
@@ -76,22 +77,21 @@ def draw(knowledge: Knowledge, path: Path, title: str, protected: Collection[str
 
 def _panel(panel: Axes, knowledge: Knowledge, family: str, trials: list[Trial], protected: Collection[str]) -> None:
     """One family: a line for each ratio over the layers."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     for ratio, colour, marker in _styles(knowledge):
         at: dict[int, list[float]] = {}
         for trial in (t for t in trials if t.ratio == ratio):
-            at.setdefault(trial.layer or 0, []).append(knowledge.ratio(trial))
+            at.setdefault(trial.layer or 0, []).append(_percent(knowledge, trial))
             if trial.group in protected:
-                place = (trial.layer or 0, knowledge.ratio(trial))
+                place = (trial.layer or 0, _percent(knowledge, trial))
                 panel.plot(*place, "o", markersize=11, markerfacecolor="none", markeredgecolor="black")
         points = [(layer, value) for layer, values in at.items() for value in values]
         panel.plot(*zip(*points, strict=True), marker, color=colour, markersize=5)
         panel.plot(sorted(at), [sum(at[layer]) / len(at[layer]) for layer in sorted(at)], color=colour, linewidth=1.4)
-    panel.axhline(1.0, color="0.5", linewidth=0.8, linestyle="--")
-    panel.set_yscale("log")
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    panel.yaxis.set_minor_formatter(_few_ticks(knowledge) or NullFormatter())
+    panel.axhline(0.0, color="0.5", linewidth=0.8, linestyle="--")
+    panel.set_yscale("symlog", linthresh=1.0, linscale=0.6)
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     layered = trials[0].layer is not None
     panel.set_xlabel("layer" if layered else "all layers together")
@@ -103,12 +103,9 @@ def _panel(panel: Axes, knowledge: Knowledge, family: str, trials: list[Trial], 
         panel.spines[side].set_visible(False)
 
 
-def _few_ticks(knowledge: Knowledge) -> Any:
-    """A format for numbers between powers of ten, where less than two of those are in sight."""
-    from matplotlib.ticker import FuncFormatter
-
-    ratios = [knowledge.ratio(t) for t in knowledge.trials]
-    return FuncFormatter(lambda value, _: f"{value:g}") if max(ratios) / min(ratios) < 10 else None
+def _percent(knowledge: Knowledge, trial: Trial) -> float:
+    """By how many percent perplexity lies above the dense one."""
+    return 100 * (knowledge.ratio(trial) - 1)
 
 
 def _styles(knowledge: Knowledge) -> list[tuple[float, str, str]]:
