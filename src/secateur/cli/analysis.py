@@ -94,16 +94,18 @@ def _show(results: dict[str, Any]) -> None:
         many = f" (worst of {len(deviations)})" if len(deviations) > 1 else ""
         star = " *" if sensitive.intersection(deviations) else ""
         cells[place] = f"{deviations[worst]:+.4f}{many}{star}"
-    table = Table("layer", *kinds, title="loss without parts of one group, minus dense [nats per token]")
+    table = Table("layer", *kinds)
     for layer in layers:
         name = "several" if layer is None else str(layer)
         table.add_row(name, *(cells.get((layer, kind), "") for kind in kinds))
     out.print(table)
     dense, protocol = found["dense"], found["protocol"]
     ratios = ", ".join(f"{ratio:g}" for ratio in protocol["ratios"])
+    out.print("loss without parts of one group, minus dense, in nats per token:", soft_wrap=True)
+    out.print(f"the mean over the ratios {ratios} of its units, chosen by {protocol['proxy']}", soft_wrap=True)
     out.print(
-        f"mean over the ratios {ratios}, units chosen by {protocol['proxy']}; {dense['text']}: dense perplexity "
-        f"{dense['value']:.3f} on {dense['tokens']:,} tokens in windows of {dense['seq_len']}",
+        f"{dense['text']}: dense perplexity {dense['value']:.3f} on {dense['tokens']:,} tokens in windows of "
+        f"{dense['seq_len']}",
         soft_wrap=True,
     )
     out.print(f"* most sensitive, the worst first: {', '.join(results['most_sensitive'])}", soft_wrap=True)
