@@ -94,7 +94,7 @@ def knowledge_distribution(
     try:
         alone = Alone(model, groups, list(dict.fromkeys(g.kind for g in chosen)))
         cuts, left_out = _cuts(chosen, ratios, scores or score(model, chosen, [], Magnitude()), alone)
-        passes = Passes(model, groups, batches, cached=cached)
+        passes = Passes(model, groups, chosen, batches, cached=cached)
         if not math.isfinite(passes.dense):
             raise NonFiniteError(
                 f"the loss on {corpus.source} is {passes.dense} before anything is cut; check the dtype"
@@ -171,7 +171,7 @@ def groups_to_cut(groups: Groups, kinds: Sequence[str]) -> tuple[Group, ...]:
         reasons = [f"{g.name}: {g.refusals[0]}" for g in groups if g.kind in wanted and not g.prunable]
         others = ", ".join(sorted({g.kind for g in groups.prunable})) or "nothing"
         why = reasons[0] if reasons else "the model has none"
-        raise KnowledgeError(f"there is no {' or '.join(wanted)} to cut ({why}); this model offers {others}")
+        raise KnowledgeError(f"there is no {' or '.join(wanted)} to cut ({why}); this model offers {others} (--kinds)")
     return groups.of_kinds(kinds or groups.kinds_in_blocks())
 
 

@@ -39,11 +39,17 @@ class Passes:
     """
 
     def __init__(
-        self, model: PreTrainedModel, groups: Groups, batches: Sequence[list[Window]], *, cached: bool = True
+        self,
+        model: PreTrainedModel,
+        groups: Groups,
+        chosen: Sequence[Group],
+        batches: Sequence[list[Window]],
+        *,
+        cached: bool = True,
     ) -> None:
         self.model = model
         self.batches = batches
-        self._layers = _in_order(model, groups, batches[0])
+        self._layers = _in_order(model, _layers_around(chosen, groups), batches[0])
         found = [_run(model, batch) for batch in batches]
         self._sums = [total for total, _ in found]
         self.tokens = sum(count for _, count in found)
@@ -179,9 +185,15 @@ def _run(model: PreTrainedModel, batch: list[Window]) -> tuple[float, int]:
     return batch_loss(model, batch, NO_PREFIX)
 
 
-def _in_order(model: PreTrainedModel, groups: Groups, batch: list[Window]) -> list[str]:
-    """Paths of the layers in the order they run; none unless each runs once and none inside another."""
-    paths = [block for group in groups if group.kind == "layer" for block in group.blocks]
+def _layers_around(chosen: Sequence[Group], groups: Groups) -> list[str]:
+    """Paths of the layers of every list of layers that a chosen group lies in."""
+    inside = {m.parameter for group in chosen for m in group.members}
+    lists = [group.blocks for group in groups if group.kind == "layer"]
+    return [b for blocks in lists if any(p.startswith(tuple(f"{b}." for b in blocks)) for p in inside) for b in blocks]
+
+
+def _in_order(model: PreTrainedModel, paths: Sequence[str], batch: list[Window]) -> list[str]:
+    """The layers in the order they run; none unless each runs once and none inside another."""
     ran: list[str] = []
     open_layers: list[str] = []
     nested: list[str] = []
