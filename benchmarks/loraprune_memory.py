@@ -151,7 +151,12 @@ def in_own_process(way: str, folder: Path, args: argparse.Namespace) -> dict[str
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}  # freed blocks go back to the system
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        return {"way": way, "dtype": args.dtype, "recompute": args.recompute, "failed": done.stderr.strip().splitlines()[-1]}
+        return {
+            "way": way,
+            "dtype": args.dtype,
+            "recompute": args.recompute,
+            "failed": done.stderr.strip().splitlines()[-1],
+        }
     figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return figures
 

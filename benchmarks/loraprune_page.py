@@ -11,7 +11,8 @@ NAMES = {
     "random": "random units, then recovery",
     "lora": "LoRAPrune",
     "grad": "LoRAPrune, exact gradient",
-    "lora-replayed": "LoRAPrune's units cut at once, then recovery", "magnitude": "LoRAPrune, magnitude",
+    "lora-replayed": "LoRAPrune's units cut at once, then recovery",
+    "magnitude": "LoRAPrune, magnitude",
 }
 Data = Mapping[str, Any]
 
@@ -109,9 +110,7 @@ def memory(found: Iterable[Data]) -> list[str]:
                 lines.append(f"{how} | | | {r['failed']} |")
                 continue
             sizes = [f"{r[name] / 2**20:,.0f} MiB" for name in ("weights_bytes", "peak_bytes")]
-            lines.append(
-                f"{how} {sizes[0]} | {sizes[1]} | {r['peak_ratio']:.2f} | {r['seconds']:.2f} |"
-            )
+            lines.append(f"{how} {sizes[0]} | {sizes[1]} | {r['peak_ratio']:.2f} | {r['seconds']:.2f} |")
         lines.append("")
     return lines
 

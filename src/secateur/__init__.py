@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from secateur.groups import Group, Groups, Member
     from secateur.importance import Magnitude, Random, Taylor, leave_one_out, score
     from secateur.plan import PruningPlan
-    from secateur.recovery import RecoverySettings, recover
+    from secateur.recovery import RecoverySettings, draw_mix, recover
     from secateur.surgery import mask, prove, slice
 
 _HOME = {
@@ -48,6 +48,7 @@ _HOME = {
     "bench": "benchmark",
     "calibration_tokens": "data",
     "discover": "discovery",
+    "draw_mix": "recovery",
     "knowledge_distribution": "evaluation",
     "leave_one_out": "importance",
     "load": "checkpoint",
@@ -64,8 +65,9 @@ _HOME = {
 __version__ = "0.1.0"
 __all__ = [
     "Budget", "Group", "Groups", "Knowledge", "Magnitude", "Member", "PruningPlan", "Random", "RecoverySettings",
-    "SecateurError", "Taylor", "allocate", "bench", "calibration_tokens", "discover", "knowledge_distribution",
-    "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "recover", "save", "score", "slice",
+    "SecateurError", "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix",
+    "knowledge_distribution", "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "recover", "save",
+    "score", "slice",
 ]  # fmt: skip
 
 

@@ -125,6 +125,11 @@ class RecoverSettings(Section):
 
     data: tuple[str, ...] = ("alpaca",)
     field: str | None = None
+    mix: Literal["proportional", "uniform", "dynamic"] = "proportional"
+    dense: str | None = None
+    round_steps: int | None = Field(None, ge=1)
+    balance: float = Field(0.2, ge=0, le=1)
+    patience: int = Field(2, ge=0)
     rank: int = Field(8, ge=1)
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
@@ -140,6 +145,17 @@ class RecoverSettings(Section):
     eval_every: int | None = Field(None, ge=1)
     save_every: int = Field(200, ge=1)
     gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _fits_the_mix(self) -> RecoverSettings:
+        if self.mix != "proportional" and len(self.data) < 2:
+            raise ValueError(f"a {self.mix} mix needs two sources or more in data (--data a --data b)")
+        without_use = {"proportional": ("dense", "balance", "patience", "round_steps"),
+                       "uniform": ("dense", "balance", "patience"), "dynamic": ()}  # fmt: skip
+        for name in without_use[self.mix]:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"a {self.mix} mix has no use for {name}: leave it out, or choose another --mix")
+        return self
 
 
 class EvaluationSettings(Section):

@@ -3,7 +3,7 @@
 from secateur.checkpoint.adapted import save_adapted
 from secateur.checkpoint.card import Form, checkpoint_form
 from secateur.checkpoint.folders import check_space, output_folder
-from secateur.checkpoint.lineage import WRITERS, carried_plan, earlier
+from secateur.checkpoint.lineage import WRITERS, carried_plan, cut_from, earlier
 from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton
 from secateur.checkpoint.parity import (
     Parity,
@@ -33,6 +33,7 @@ __all__ = [
     "check_space",
     "checkpoint_form",
     "checkpoint_sha256",
+    "cut_from",
     "cut_streaming",
     "earlier",
     "load",

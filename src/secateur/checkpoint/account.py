@@ -108,8 +108,20 @@ def _lora(run: Step) -> str:
     return (
         f"LoRA of rank {done['rank']} (alpha {done['alpha']:g}, dropout {done['dropout']:g}), merged into the "
         f"weights: {length} of {done['batch_size']} sequences of up to {done['seq_len']} tokens of {data}, peak "
-        f"learning rate {done['learning_rate']:g}, seed {done['seed']}."
+        f"learning rate {done['learning_rate']:g}, seed {done['seed']}.{_mixed(run)}"
     )
+
+
+def _mixed(run: Step) -> str:
+    """A sentence on the mix of the data, if there was more to it than pooling."""
+    if not (mix := run.get("mix")):
+        return ""
+    how = {
+        "uniform": "as much from every source",
+        "dynamic": "more from the sources on which it was worst, compared with the dense model",
+    }[mix["kind"]]
+    steps = mix["rounds"][-1]["step"] + mix["rounds"][-1]["steps"]
+    return f" The data of its {len(mix['rounds'])} rounds ({steps:,} steps) was a {mix['kind']} mix: {how}."
 
 
 def figures(steps: Sequence[Step]) -> list[str]:

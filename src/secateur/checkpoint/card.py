@@ -94,7 +94,7 @@ def model_card(form: Form, results: Mapping[str, Any], plan: PruningPlan | None,
         "Checked": account.checks(results),
         "How to load it": [form.use],
         "Licence": [_licence(front) or NO_LICENCE] if base is not None else [],
-        "Files": _files(plan is not None, not results.keys().isdisjoint(("recovery", "training"))),
+        "Files": _files(plan is not None, [results[key] for key in ("recovery", "training") if key in results]),
     }
     text = "\n\n".join(
         "\n".join([f"## {head}\n"] * bool(head) + lines).strip() for head, lines in sections.items() if lines
@@ -145,11 +145,13 @@ def _licence(front: Mapping[str, Any]) -> str | None:
     return f"{f'[{text}]({link})' if link else text}, that of the model this one was made from."
 
 
-def _files(with_plan: bool, with_adapter: bool) -> list[str]:
-    """What lies beside the card."""
+def _files(with_plan: bool, trained: list[Mapping[str, Any]]) -> list[str]:
+    """What lies beside the card; `trained` tells of the training that the last step did."""
     lines = ["- `results.json`: every figure, and how it was measured"]
     lines += ["- `plan.json`: the units that were kept, and how they were chosen"] if with_plan else []
-    return [*lines, "- `adapter/`: the LoRA adapter before it was merged"] if with_adapter else lines
+    lines += ["- `adapter/`: the LoRA adapter before it was merged"] if trained else []
+    mixed = any("mix" in run for run in trained)
+    return [*lines, "- `mix.svg`: how the sources of training data were mixed, round by round"] if mixed else lines
 
 
 def is_remote(model: PreTrainedModel) -> bool:

@@ -101,6 +101,13 @@ def earlier(base: Checkpoint) -> dict[str, Any] | None:
     return step
 
 
+def cut_from(base: Checkpoint) -> tuple[str | None, str | None]:
+    """Name and hash of the model that the first cut on the way to `base` was made on, as far as they are known."""
+    found = earlier(base)
+    cuts = [step["model"] for step in (steps_of(found) if found else ()) if step["command"] == "prune"]
+    return (cuts[0]["source"], cuts[0]["sha256"]) if cuts else (None, None)
+
+
 def steps_of(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The results of every step up to this one, the first one first."""
     before = results.get("before")

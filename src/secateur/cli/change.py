@@ -11,6 +11,7 @@ from secateur.cli.common import (
     Device,
     Dtype,
     Field,
+    Mix,
     Model,
     Output,
     Overwrite,
@@ -67,6 +68,7 @@ def prune(
     text: Text = None,
     recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text to recover or train on; may be repeated.")] = None,
+    mix: Mix = None,
     no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,
     steps: Annotated[int | None, typer.Option(help="loraprune: optimizer steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="loraprune: passes over the data, instead of steps.")] = None,
@@ -118,11 +120,13 @@ def prune(
     }
     if trains:
         _no_use("loraprune", {**scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
-        recovery: dict[str, Any] | None = {"data": data, **training, **reading, **checkpointing}
+        recovery: dict[str, Any] | None = {"data": data, "mix": mix, **training, **reading, **checkpointing}
     else:
         _no_use(method or "llm-pruner", {**training, **tuning})
         scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
-        recovery = {"data": data, "steps": recover_steps} if recover_steps and not no_recover else None
+        recovers = bool(recover_steps) and not no_recover
+        _no_use(f"{method or 'llm-pruner'} without --recover-steps", {} if recovers else {"mix": mix})
+        recovery = {"data": data, "mix": mix, "steps": recover_steps} if recovers else None
     recipe = recipe_of(
         model,
         {
@@ -212,6 +216,20 @@ def recover(
     model: Model,
     output: Output,
     data: Annotated[list[str], typer.Option(help="Corpus name or file; instructions or plain text; may be repeated.")],
+    mix: Mix = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(help="dynamic: the uncut model; if not given, the one that MODEL's results.json names."),
+    ] = None,
+    round_steps: Annotated[
+        int | None, typer.Option(help="uniform, dynamic: optimizer steps of a round; a tenth of all if not given.")
+    ] = None,
+    balance: Annotated[
+        float | None, typer.Option(help="dynamic: part of a round that follows the sizes of the sources; 0.2.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="dynamic: rounds without improvement that end a stage; 2; 0 for never.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     alpha: Annotated[int | None, typer.Option(help="LoRA alpha.")] = None,
     dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
@@ -249,6 +267,11 @@ def recover(
             "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
             "recovery": {
                 "data": data,
+                "mix": mix,
+                "dense": dense,
+                "round_steps": round_steps,
+                "balance": balance,
+                "patience": patience,
                 "rank": rank,
                 "alpha": alpha,
                 "dropout": dropout,

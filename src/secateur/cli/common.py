@@ -22,6 +22,13 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16; as 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Field = Annotated[str | None, typer.Option(help="Field of JSON rows that holds the text; `text` if not given.")]
+Mix = Annotated[
+    str | None,
+    typer.Option(
+        help="How several --data are mixed: proportional (all examples pooled), uniform (as much of each), or dynamic "
+        "(more of those on which the model got worse)."
+    ),
+]
 
 
 def recipe_of(model: str, sections: dict[str, Any], seed: int = 42) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from secateur import checkpoint as checkpoints
 from secateur.checkpoint import output_folder
 from secateur.config import Recipe, RecoverSettings
-from secateur.data import load_corpus
+from secateur.data import Corpus, load_corpus
+from secateur.pipeline.dense import Dense, dense_of
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.results import (
     Clock,
@@ -23,7 +25,7 @@ from secateur.pipeline.results import (
     write_checked,
     write_json,
 )
-from secateur.recovery import RecoverySettings, recover
+from secateur.recovery import RecoveryResult, RecoverySettings, recover, save_mix
 
 
 def recover_checkpoint(
@@ -50,6 +52,7 @@ def recover_checkpoint(
         results = header("recover", source, recipe)
         results["perplexity"] = {}
         corpora = [load_corpus(name, field=settings.field) for name in settings.data]
+        dense = dense_of(recipe, source)
         clock.begin("evaluate_pruned")
         add_perplexity(results, "pruned", source, source.model, recipe.evaluation)
         clock.begin("recover")
@@ -60,17 +63,16 @@ def recover_checkpoint(
             recovery_settings(settings, recipe.seed),
             work,
             evaluate=lambda model: values(source, model, recipe.evaluation),
+            dense=dense.load if dense else None,
             resume=resume,
         )
         clock.begin("evaluate_recovered")
         add_perplexity(results, "recovered", source, outcome.model, recipe.evaluation)
         clock.end()
         results["params"] = {"recovered": outcome.model.num_parameters()}
-        results["recovery"] = {
-            "settings": asdict(recovery_settings(settings, recipe.seed)),
-            "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
-            "log": outcome.log,
-        }
+        results["recovery"] = _account(recipe, corpora, outcome, dense)
+        if outcome.mix:
+            save_mix(outcome.mix, folder / "mix.svg")
         results["timing"], results["memory"] = clock.seconds, peak_memory()
         adapter = sum(file.stat().st_size for file in outcome.adapter.rglob("*"))
         checkpoints.check_space(folder, checkpoints.weight_bytes(outcome.model) + adapter)
@@ -80,9 +82,21 @@ def recover_checkpoint(
     return results
 
 
+def _account(recipe: Recipe, corpora: Sequence[Corpus], outcome: RecoveryResult, dense: Dense | None) -> Results:
+    """What `results.json` tells of the training."""
+    assert recipe.recovery is not None
+    return {
+        "settings": asdict(recovery_settings(recipe.recovery, recipe.seed)),
+        "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
+        "log": outcome.log,
+        **({"mix": outcome.mix} if outcome.mix else {}),
+        **({"dense": dense.to_json()} if dense else {}),
+    }
+
+
 def recovery_settings(settings: RecoverSettings, seed: int) -> RecoverySettings:
     """What the recovery room needs of a recipe's recovery section."""
-    chosen = settings.model_dump(exclude={"data", "field"}, exclude_none=True)
+    chosen = settings.model_dump(exclude={"data", "field", "dense"}, exclude_none=True)
     return RecoverySettings(**chosen, seed=seed)
 
 

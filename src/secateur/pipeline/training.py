@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from secateur.checkpoint import Checkpoint, output_folder, quantised_copy
 from secateur.config import Recipe
 from secateur.data import load_corpus
 from secateur.errors import BudgetError
+from secateur.pipeline.dense import dense_of
 from secateur.pipeline.protecting import protection
 from secateur.pipeline.pruning import add_pruned, dense_results
 from secateur.pipeline.recovering import recovery_settings
@@ -25,7 +26,7 @@ from secateur.pipeline.results import (
     write_checked,
 )
 from secateur.plan import PruningPlan
-from secateur.recovery import last_checkpoint, train, with_adapters
+from secateur.recovery import last_checkpoint, mix_record, save_mix, train, with_adapters
 
 if TYPE_CHECKING:
     from secateur.methods.loraprune import LoRAPrune, LoRAPruneResult
@@ -58,6 +59,8 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["left_whole"] = dict(outcome.left_whole)
         plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
         pruning.save_adapter(folder / "adapter")
+        if mix := results["training"].get("mix"):
+            save_mix(mix, folder / "mix.svg")
         if how := recipe.prune.quantize_output:
             small = quantised_copy(small, how)
             add_perplexity(results, "quantised", source, small, recipe.evaluation)
@@ -100,7 +103,8 @@ def _trained(
 ) -> LoRAPruneResult:
     """Train with the method's callback, and cut."""
     assert recipe.recovery is not None
-    settings = recovery_settings(recipe.recovery, recipe.seed)
+    settings = replace(recovery_settings(recipe.recovery, recipe.seed), patience=0)  # it must reach its sparsity
+    dense = dense_of(recipe, source) if recipe.recovery.dense else None
     corpora = [load_corpus(name, field=recipe.recovery.field) for name in recipe.recovery.data]
     clock.begin("discover")
     adapted = with_adapters(source.model, settings, experts=False)
@@ -115,6 +119,7 @@ def _trained(
         work,
         callbacks=[pruning],
         evaluate=lambda model: values(source, model, recipe.evaluation),
+        dense=dense.load if dense else lambda: source.model,  # whose adapters do nothing yet
         resume=resume,
     )
     clock.begin("cut")
@@ -122,7 +127,8 @@ def _trained(
     results["training"] = {
         "settings": asdict(settings),
         "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
-        "log": log,
+        "log": [entry for entry in log if "mix" not in entry],
+        **({"mix": mix} if (mix := mix_record(log, settings)) else {}),
         "sparsity": pruning.history,
     }
     return outcome

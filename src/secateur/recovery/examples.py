@@ -33,17 +33,25 @@ def training_examples(
     Raises:
         DataError: a corpus gives no example.
     """
-    examples: list[Example] = []
-    for corpus in corpora:
-        if corpus.is_instructions:
-            records = [r for r in corpus.rows if not isinstance(r, str)]
-            made = [e for r in records if (e := instruction_example(r, tokenizer, seq_len, train_on_inputs))]
-        else:
-            made = packed_windows(corpus, tokenizer, seq_len)
-        if not made:
-            raise DataError(f"{corpus.source} gives no training example of {seq_len} tokens; give more text")
-        examples += made
-    return examples
+    return [e for corpus in corpora for e in corpus_examples(corpus, tokenizer, seq_len, train_on_inputs)]
+
+
+def corpus_examples(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, seq_len: int, train_on_inputs: bool
+) -> list[Example]:
+    """The examples of one corpus, in its order.
+
+    Raises:
+        DataError: it gives none.
+    """
+    if corpus.is_instructions:
+        records = [r for r in corpus.rows if not isinstance(r, str)]
+        made = [e for r in records if (e := instruction_example(r, tokenizer, seq_len, train_on_inputs))]
+    else:
+        made = packed_windows(corpus, tokenizer, seq_len)
+    if not made:
+        raise DataError(f"{corpus.source} gives no training example of {seq_len} tokens; give more text")
+    return made
 
 
 def instruction_example(

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -18,11 +18,15 @@ from secateur.data import Corpus
 from secateur.errors import DataError, RecipeError, first_line
 from secateur.recovery.callbacks import MeasureTexts, PrintLosses, StopOnBrokenLoss
 from secateur.recovery.examples import IGNORED, training_examples
+from secateur.recovery.rounds import Rounds, check_pooled, mix_record
+from secateur.recovery.sources import sources_of
 from secateur.recovery.targets import Targets, all_targets, read_directly
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+Mix = Literal["proportional", "uniform", "dynamic"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class RecoverySettings:
         eval_every: steps between evaluations, None for none.
         save_every: steps between checkpoints.
         gradient_checkpointing: recompute activations to save memory.
+        mix: `proportional` pools all examples; `uniform` takes the same number from every source in each round;
+            `dynamic` favours the sources on which the model is worst, compared with the dense one (`recovery.rounds`).
+        round_steps: optimizer steps of a round; a tenth of all if not given.
+        balance: part of a dynamic mix that follows the sizes of the sources.
+        patience: rounds without improvement after which a stage of a dynamic mix ends; 0 never ends one early.
         seed: of initialisation, order and dropout.
     """
 
@@ -63,6 +72,10 @@ class RecoverySettings:
     eval_every: int | None = None
     save_every: int = 200
     gradient_checkpointing: bool = False
+    mix: Mix = "proportional"
+    round_steps: int | None = None
+    balance: float = 0.2
+    patience: int = 2
     seed: int = 42
 
 
@@ -75,12 +88,14 @@ class RecoveryResult:
         adapter: PEFT folder of the adapter alone.
         log: the Trainer's log: losses by step, and perplexities where measured.
         seconds: wall time of the training.
+        mix: what each round was (`mix_record`); None for a proportional mix.
     """
 
     model: PreTrainedModel
     adapter: Path
     log: list[dict[str, Any]]
     seconds: float
+    mix: dict[str, Any] | None = None
 
 
 def recover(
@@ -91,6 +106,7 @@ def recover(
     output: Path | str,
     *,
     evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+    dense: Callable[[], PreTrainedModel] | None = None,
     resume: bool = False,
 ) -> RecoveryResult:
     """Train LoRA adapters on a copy of `model` and merge them.
@@ -98,20 +114,25 @@ def recover(
     Args:
         output: folder for training checkpoints (`checkpoints/`) and the adapter (`adapter/`).
         evaluate: measures the model every `settings.eval_every` steps; the result goes into the log.
+        dense: gives the uncut model, for a dynamic mix; called once, before training, and not when a run goes on.
         resume: go on from the last checkpoint in `output`, if there is one.
 
     Raises:
-        DataError: the corpora give no example.
-        RecipeError: the targets asked for are not there or cannot carry adapters.
+        DataError: the corpora give no example, or too few to hold some out.
+        RecipeError: the targets asked for are not there or cannot carry adapters, or there is nothing to mix.
+        CheckpointError: the run to go on with had another mix.
         NonFiniteError: the loss becomes NaN or infinite.
     """
     adapted = with_adapters(copy.deepcopy(model), settings)
-    log, seconds = train(adapted, tokenizer, corpora, settings, Path(output), evaluate=evaluate, resume=resume)
+    log, seconds = train(
+        adapted, tokenizer, corpora, settings, Path(output), evaluate=evaluate, dense=dense, resume=resume
+    )
     adapter = Path(output) / "adapter"
     adapted.save_pretrained(adapter)
     merged = adapted.merge_and_unload()
     merged.config.use_cache = getattr(model.config, "use_cache", True)  # which training switched off
-    return RecoveryResult(merged.eval(), adapter, log, seconds)
+    rest = [entry for entry in log if "mix" not in entry]
+    return RecoveryResult(merged.eval(), adapter, rest, seconds, mix_record(log, settings))
 
 
 def train(
@@ -123,6 +144,7 @@ def train(
     *,
     callbacks: Sequence[TrainerCallback] = (),
     evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
+    dense: Callable[[], PreTrainedModel] | None = None,
     resume: bool = False,
 ) -> tuple[list[dict[str, Any]], float]:
     """Train the adapters in a model; arguments as for `recover`.
@@ -131,18 +153,37 @@ def train(
         callbacks: of the Trainer, in addition to our own.
 
     Returns:
-        The Trainer's log, and the wall time [s].
+        The Trainer's log, in which the rounds of a mix are entries `mix`, and the wall time [s].
 
     Raises:
-        DataError: the corpora give no example.
+        DataError, RecipeError, CheckpointError: as for `recover`.
         NonFiniteError: the loss becomes NaN or infinite.
     """
-    examples = training_examples(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
-    trainer = _trainer(adapted, tokenizer, examples, settings, output, evaluate)
-    for callback in callbacks:
+    started = last_checkpoint(output) if resume else None
+    ours: list[TrainerCallback] = []
+    if settings.mix == "proportional":
+        from datasets import Dataset
+
+        if started is not None:
+            check_pooled(started)
+        examples = training_examples(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
+        arguments = _arguments(settings, len(examples), output, adapted.dtype)
+        data: Any = Dataset.from_list(examples)
+    else:
+        sources = sources_of(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
+        arguments = _arguments(settings, sum(s.size for s in sources), output, adapted.dtype)
+        per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        rounds = Rounds(sources, settings, arguments.max_steps, per_step)
+        if started is None:
+            rounds.measure_dense(dense)
+        ours, data = [rounds], rounds.data
+    trainer = _trainer(adapted, tokenizer, data, arguments)
+    if evaluate is not None and settings.eval_every:
+        ours.append(MeasureTexts(evaluate, settings.eval_every))
+    for callback in [*ours, *callbacks]:
         trainer.add_callback(callback)
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=(resume and last_checkpoint(output)) or None)
+    trainer.train(resume_from_checkpoint=started)
     return list(trainer.state.log_history), round(time.perf_counter() - begin, 3)
 
 
@@ -192,34 +233,23 @@ def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts
         raise RecipeError(f"{asked}: peft refuses: {first_line(error)}") from error
 
 
-def _trainer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[dict[str, list[int]]],
-    settings: RecoverySettings,
-    output: Path,
-    evaluate: Callable[[PreTrainedModel], dict[str, float]] | None,
-) -> Trainer:
-    from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainingArguments
+def _arguments(settings: RecoverySettings, examples: int, output: Path, dtype: torch.dtype) -> TrainingArguments:
+    """The Trainer's settings; a mix in rounds is read in its own order, and takes as many steps as all examples do."""
+    from transformers import TrainingArguments
 
-    if tokenizer.pad_token is None:
-        tokenizer = copy.deepcopy(tokenizer)
-        if tokenizer.eos_token is None:
-            raise DataError("the tokenizer has neither a padding nor an end token, so examples cannot be batched")
-        tokenizer.pad_token = tokenizer.eos_token
     micro = min(settings.micro_batch_size, settings.batch_size)
     accumulation = max(1, settings.batch_size // micro)
-    steps = settings.steps or max(1, int(settings.epochs * len(examples) / (micro * accumulation)))
+    steps = settings.steps or max(1, int(settings.epochs * examples / (micro * accumulation)))
     cuda = torch.cuda.is_available()
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=accumulation,
+        train_sampling_strategy="random" if settings.mix == "proportional" else "sequential",
         learning_rate=settings.learning_rate,
         warmup_steps=min(settings.warmup_steps, steps // 10),
-        bf16=cuda and torch.cuda.is_bf16_supported() and model.dtype == torch.float32,
+        bf16=cuda and torch.cuda.is_bf16_supported() and dtype == torch.float32,
         use_cpu=not cuda,
         gradient_checkpointing=settings.gradient_checkpointing,
         logging_steps=max(1, steps // 20),
@@ -229,18 +259,23 @@ def _trainer(
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
     )
-    callbacks: list[Any] = [StopOnBrokenLoss()]
-    if evaluate is not None and settings.eval_every:
-        callbacks.append(MeasureTexts(evaluate, settings.eval_every))
-    if arguments.disable_tqdm:
-        callbacks.append(PrintLosses())
+
+
+def _trainer(model: Any, tokenizer: PreTrainedTokenizerBase, data: Any, arguments: TrainingArguments) -> Trainer:
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
+
+    if tokenizer.pad_token is None:
+        tokenizer = copy.deepcopy(tokenizer)
+        if tokenizer.eos_token is None:
+            raise DataError("the tokenizer has neither a padding nor an end token, so examples cannot be batched")
+        tokenizer.pad_token = tokenizer.eos_token
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(list(examples)),
+        train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True),
-        callbacks=callbacks,
+        callbacks=[StopOnBrokenLoss(), *([PrintLosses()] if arguments.disable_tqdm else [])],
     )
     trainer.remove_callback(PrinterCallback)  # the Trainer's own stand-in for its bar, on standard output
     return trainer
