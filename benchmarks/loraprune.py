@@ -5,9 +5,9 @@
 
 Every row trains LoRA adapters for the same number of steps on the same text with the same settings. `llm-pruner` cuts
 first (first-order Taylor) and spends all steps on recovery, and so does `random`, which shows what is left of the
-choice of units after training; `lora`, `grad` and `magnitude` prune while they train. `lora-replayed` tells the choice of
-units from the time they go: the plan that `lora` ends with is cut from the dense model at once, and all steps are spent
-on recovery. Rows that the output holds already, from the same protocol, are not repeated.
+choice of units after training; `lora`, `grad` and `magnitude` prune while they train. `lora-replayed` tells the choice
+of units from the time they go: the plan that `lora` ends with is cut from the dense model at once, and all steps are
+spent on recovery. Rows that the output holds already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def row(source: Any, data: Any, method: str, sparsity: float, seed: int, args: a
             settings = settings_of(args, seed)
             adapted = with_adapters(model, settings, experts=False)
             pruning = LoRAPrune(
-                sparsity, variant=method.removesuffix(REPLAYED), frequency=args.frequency, warmup=args.warmup, cooldown=args.cooldown,
-                normalise=not args.raw, compact_every=args.frequency,
+                sparsity, variant=method.removesuffix(REPLAYED), frequency=args.frequency, warmup=args.warmup,
+                cooldown=args.cooldown, normalise=not args.raw, compact_every=args.frequency,
             )  # fmt: skip
             train(adapted, tokenizer, [data], settings, Path(folder), callbacks=[pruning])
             result = pruning.finish()

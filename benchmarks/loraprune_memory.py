@@ -95,8 +95,8 @@ def one_way(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         step()
         seconds.append(time.perf_counter() - begin)
     return {
-        "way": way, "dtype": args.dtype, "recompute": args.recompute, "weights_bytes": weights, "peak_bytes": meter.peak(),
-        "seconds": round(statistics.median(seconds), 3),
+        "way": way, "dtype": args.dtype, "recompute": args.recompute, "weights_bytes": weights,
+        "peak_bytes": meter.peak(), "seconds": round(statistics.median(seconds), 3),
     }  # fmt: skip
 
 
