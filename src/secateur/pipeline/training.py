@@ -29,7 +29,7 @@ from secateur.plan import PruningPlan
 from secateur.recovery import last_checkpoint, mix_record, save_mix, train, with_adapters
 
 if TYPE_CHECKING:
-    from secateur.methods.loraprune import LoRAPrune, LoRAPruneResult
+    from secateur.recovery.gradual import GradualPruning, GradualResult
 
 
 def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
@@ -69,7 +69,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
     return results
 
 
-def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> LoRAPrune:
+def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> GradualPruning:
     """The callback that a recipe describes.
 
     Args:
@@ -99,8 +99,14 @@ def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> LoRAPrune:
 
 
 def _trained(
-    source: Checkpoint, recipe: Recipe, pruning: LoRAPrune, work: Path, resume: bool, clock: Clock, results: Results
-) -> LoRAPruneResult:
+    source: Checkpoint,
+    recipe: Recipe,
+    pruning: GradualPruning,
+    work: Path,
+    resume: bool,
+    clock: Clock,
+    results: Results,
+) -> GradualResult:
     """Train with the method's callback, and cut."""
     assert recipe.recovery is not None
     settings = replace(recovery_settings(recipe.recovery, recipe.seed), patience=0)  # it must reach its sparsity
