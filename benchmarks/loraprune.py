@@ -28,10 +28,21 @@ from secateur.importance import Random, Taylor
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
 from secateur.methods.loraprune import LoRAPrune
+from secateur.methods.lorashear import LoRAShear
 from secateur.pipeline import PACKAGES, write_json
 from secateur.recovery import RecoverySettings, train, with_adapters
+from secateur.recovery.gradual import GradualPruning
 
-METHODS = ("llm-pruner", "random", "lora", "lora-replayed", "grad", "magnitude")
+METHODS = (
+    "llm-pruner",
+    "random",
+    "lora",
+    "lora-replayed",
+    "grad",
+    "magnitude",
+    "lorashear-half-space",
+    "lorashear-linear",
+)
 ONE_SHOT = ("llm-pruner", "random")
 REPLAYED = "-replayed"
 
@@ -53,16 +64,15 @@ def row(source: Any, data: Any, method: str, sparsity: float, seed: int, args: a
         if method in ONE_SHOT:
             tokens = sc.calibration_tokens(data, tokenizer, args.samples, args.calibration_length, seed)
             criterion = Random(seed=seed) if method == "random" else Taylor(order=1)
-            cut = llm_pruner(model, [tokens], LLMPruner(sc.Budget(param_sparsity=sparsity), criterion))
+            cut = llm_pruner(
+                model, [tokens], LLMPruner(sc.Budget(param_sparsity=sparsity), criterion, ranking=args.ranking)
+            )
             facts["before_training"] = ppl(cut.model, tokenizer, args)
             small = sc.recover(cut.model, tokenizer, [data], settings_of(args, seed), Path(folder)).model
         else:
             settings = settings_of(args, seed)
             adapted = with_adapters(model, settings, experts=False)
-            pruning = LoRAPrune(
-                sparsity, variant=method.removesuffix(REPLAYED), frequency=args.frequency, warmup=args.warmup,
-                cooldown=args.cooldown, normalise=not args.raw, compact_every=args.frequency,
-            )  # fmt: skip
+            pruning = while_training(method.removesuffix(REPLAYED), sparsity, args)
             train(adapted, tokenizer, [data], settings, Path(folder), callbacks=[pruning])
             result = pruning.finish()
             small, facts["masked_minus_cut"] = result.model, result.difference
@@ -77,6 +87,19 @@ def row(source: Any, data: Any, method: str, sparsity: float, seed: int, args: a
         "seconds": round(time.perf_counter() - begin, 1),
     }
     return facts
+
+
+def while_training(method: str, sparsity: float, args: argparse.Namespace) -> GradualPruning:
+    """The callback of a method that prunes while it trains."""
+    if method.startswith("lorashear"):
+        return LoRAShear(
+            sparsity, push=method.removeprefix("lorashear-"), periods=args.periods, warmup=args.warmup,
+            cooldown=args.cooldown, ranking=args.ranking,
+        )  # fmt: skip
+    return LoRAPrune(
+        sparsity, variant=method, frequency=args.frequency, warmup=args.warmup, cooldown=args.cooldown,
+        normalise=not args.raw, compact_every=args.frequency, ranking=args.ranking,
+    )  # fmt: skip
 
 
 def ppl(model: Any, tokenizer: Any, args: argparse.Namespace) -> float:
@@ -105,6 +128,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                          "seq_len": args.seq_len, "rank": args.rank, "learning_rate": args.learning_rate},
             "schedule": {"frequency": args.frequency, "warmup": args.warmup, "cooldown": args.cooldown},
             "normalise": not args.raw,
+            **({} if args.ranking == "local" else {"ranking": args.ranking}),
             "dtype": "float32",
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in PACKAGES},
@@ -142,6 +166,8 @@ def main() -> None:
     parser.add_argument("--frequency", type=int, default=5)
     parser.add_argument("--warmup", type=float, default=0.1)
     parser.add_argument("--cooldown", type=float, default=0.1)
+    parser.add_argument("--ranking", choices=("local", "global"), default="local", help="of all but random units")
+    parser.add_argument("--periods", type=int, default=10, help="of LoRAShear")
     parser.add_argument("--raw", action="store_true", help="do not normalise the scores of each projection")
     args = parser.parse_args()
     write_json(args.output, measure(args))

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from secateur.evaluation.perplexity import perplexity
     from secateur.groups import Group, Groups, Member
     from secateur.importance import Magnitude, Random, Taylor, leave_one_out, score
+    from secateur.methods.loraprune import LoRAPrune
+    from secateur.methods.lorashear import LoRAShear
     from secateur.plan import PruningPlan
     from secateur.recovery import RecoverySettings, draw_mix, recover
     from secateur.surgery import mask, prove, slice
@@ -37,6 +39,8 @@ _HOME = {
     "Group": "groups",
     "Groups": "groups",
     "Knowledge": "evaluation",
+    "LoRAPrune": "methods.loraprune",
+    "LoRAShear": "methods.lorashear",
     "Magnitude": "importance",
     "Member": "groups",
     "PruningPlan": "plan",
@@ -64,8 +68,8 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "Group", "Groups", "Knowledge", "Magnitude", "Member", "PruningPlan", "Random", "RecoverySettings",
-    "SecateurError", "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix",
+    "Budget", "Group", "Groups", "Knowledge", "LoRAPrune", "LoRAShear", "Magnitude", "Member", "PruningPlan", "Random",
+    "RecoverySettings", "SecateurError", "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix",
     "knowledge_distribution", "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "recover", "save",
     "score", "slice",
 ]  # fmt: skip

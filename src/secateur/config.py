@@ -42,22 +42,48 @@ class ModelSettings(Section):
 
 
 class MethodSettings(Section):
-    """Which method, and what only methods know that prune while they train (on the data of `recovery`)."""
+    """Which method, and what only methods know that prune while they train (on the data of `recovery`).
 
-    name: Literal["llm-pruner", "loraprune"] = "llm-pruner"
-    variant: Literal["lora", "grad", "magnitude"] = "lora"
-    normalise: bool = True
-    ema: float = Field(0.9, ge=0, lt=1)
-    frequency: int = Field(10, ge=1)
-    initial: float = Field(0.0, ge=0, lt=1)
-    warmup: float = Field(0.1, ge=0, lt=1)
-    cooldown: float = Field(0.1, ge=0, lt=1)
+    What is not given is as the method itself has it.
+    """
+
+    name: Literal["llm-pruner", "loraprune", "lorashear"] = "llm-pruner"
+    variant: Literal["lora", "grad", "magnitude"] | None = None
+    normalise: bool | None = None
+    ema: float | None = Field(None, ge=0, lt=1)
+    frequency: int | None = Field(None, ge=1)
+    initial: float | None = Field(None, ge=0, lt=1)
+    warmup: float | None = Field(None, ge=0, lt=1)
+    cooldown: float | None = Field(None, ge=0, lt=1)
     compact_every: int | None = Field(None, ge=1)
+    push: Literal["half-space", "linear"] | None = None
+    periods: int | None = Field(None, ge=1)
+    epsilon: float | None = Field(None, ge=0, lt=1)
 
     @property
     def trains(self) -> bool:
         """Whether the method prunes while it trains."""
-        return self.name == "loraprune"
+        return self.name in METHOD_OPTIONS
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that are given."""
+        return self.model_dump(exclude={"name"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _options_of_the_method(self) -> MethodSettings:
+        known = METHOD_OPTIONS.get(self.name, ())
+        for name in self.given:
+            if name not in known:
+                has = f"it has {', '.join(known)}" if known else "it has no options here"
+                raise ValueError(f"{self.name} has no use for {name}: {has}")
+        return self
+
+
+METHOD_OPTIONS: Mapping[str, Sequence[str]] = {
+    "loraprune": ("variant", "normalise", "ema", "frequency", "initial", "warmup", "cooldown", "compact_every"),
+    "lorashear": ("push", "periods", "warmup", "cooldown", "epsilon"),
+}
 
 
 class CalibrationSettings(Section):
@@ -193,7 +219,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _packed_base(self) -> Recipe:
-        if not self.method.trains and (self.model.quantize or self.prune.quantize_output):
+        if self.method.name != "loraprune" and (self.model.quantize or self.prune.quantize_output):
             raise ValueError(
                 f"{self.method.name} cuts float weights: quantize and quantize_output are for methods that prune while "
                 "they train (loraprune); what was cut can be quantised as it is loaded (from_pretrained)"

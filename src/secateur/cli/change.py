@@ -28,7 +28,9 @@ def prune(
     model: Model,
     output: Output,
     sparsity: Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = None,
-    method: Annotated[str | None, typer.Option(help="llm-pruner, or loraprune (prunes while it trains)")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="llm-pruner; loraprune or lorashear, which prune while they train.")
+    ] = None,
     mode: Annotated[str | None, typer.Option(help="block-wise, channel-wise or layer-wise")] = None,
     kinds: Annotated[
         str | None,
@@ -70,11 +72,11 @@ def prune(
     data: Annotated[list[str] | None, typer.Option(help="Text to recover or train on; may be repeated.")] = None,
     mix: Mix = None,
     no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,
-    steps: Annotated[int | None, typer.Option(help="loraprune: optimizer steps.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="loraprune: passes over the data, instead of steps.")] = None,
-    rank: Annotated[int | None, typer.Option(help="loraprune: LoRA rank.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="loraprune: peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="loraprune: sequences per optimizer step.")] = None,
+    steps: Annotated[int | None, typer.Option(help="While training: optimizer steps.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="While training: passes over data, instead of steps.")] = None,
+    rank: Annotated[int | None, typer.Option(help="While training: LoRA rank.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="While training: peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="While training: sequences per optimizer step.")] = None,
     variant: Annotated[str | None, typer.Option(help="loraprune: importance: lora, grad or magnitude.")] = None,
     compact_every: Annotated[
         int | None, typer.Option(help="loraprune: steps between removals of what is masked; faster training.")
@@ -86,7 +88,11 @@ def prune(
     quantize_output: Annotated[
         str | None, typer.Option(help="loraprune: pack the result, too: 8bit or 4bit; full precision if not given.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="loraprune: go on from the last checkpoint.")] = False,
+    push: Annotated[
+        str | None, typer.Option(help="lorashear: how units become zero: half-space (the paper's) or linear.")
+    ] = None,
+    periods: Annotated[int | None, typer.Option(help="lorashear: periods in which units go.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="While training: go on from the last checkpoint.")] = False,
     seed: Seed = 42,
     dtype: Dtype = None,
     device: Device = None,
@@ -95,11 +101,12 @@ def prune(
 ) -> None:  # fmt: skip
     """Remove a share of the parameters and write a smaller checkpoint."""
     from secateur import pipeline
+    from secateur.config import METHOD_OPTIONS
     from secateur.errors import RecipeError
 
     if tier in ("gguf", "vllm"):
         raise RecipeError(f"--tier {tier}: prune first, then `secateur export {output} -o OUT --to {tier}`")
-    trains = method == "loraprune"
+    trains = method in METHOD_OPTIONS
     reading = {"field": field, "seq_len": seq_len}
     checkpointing = {"gradient_checkpointing": gradient_checkpointing}
     calibrating = {"source": calibration, "samples": samples}
@@ -110,7 +117,7 @@ def prune(
         "iterations": iterations,
         "layer_choice": layer_choice,
     }
-    tuning = {"variant": variant, "compact_every": compact_every}
+    tuning = {"variant": variant, "compact_every": compact_every, "push": push, "periods": periods}
     training = {
         "steps": steps,
         "epochs": epochs,
@@ -119,7 +126,9 @@ def prune(
         "batch_size": batch_size,
     }
     if trains:
-        _no_use("loraprune", {**scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
+        assert method is not None
+        unknown = {name: value for name, value in tuning.items() if name not in METHOD_OPTIONS[method]}
+        _no_use(method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
         recovery: dict[str, Any] | None = {"data": data, "mix": mix, **training, **reading, **checkpointing}
     else:
         _no_use(method or "llm-pruner", {**training, **tuning})

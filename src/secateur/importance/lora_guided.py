@@ -186,13 +186,17 @@ def check_adapted(model: nn.Module, groups: Sequence[Group]) -> None:
                 )
 
 
+def factors_of(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
+    """A [r, in], B [out, r] and the scale of the active adapter."""
+    (adapter,) = layer.active_adapters
+    return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, float(layer.scaling[adapter])
+
+
 def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor, float, bool]:
     """W_0 [out, in], A, B, the scale, and whether W_0 is stored the other way round."""
-    (adapter,) = layer.active_adapters
     weight = dense_weight(layer.get_base_layer())
     turned = bool(getattr(layer, "fan_in_fan_out", False))
-    a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return weight.T if turned else weight, a, b, float(layer.scaling[adapter]), turned
+    return weight.T if turned else weight, *factors_of(layer), turned
 
 
 def _positions(stay: Mapping[int, Any], dim: int, size: int, device: torch.device) -> Tensor:

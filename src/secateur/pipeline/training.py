@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
-    """Prune the recipe's model by LoRAPrune into the folder `output`: cut and merged model, and the adapter beside it.
+    """Prune the recipe's model while it trains: the cut and merged model in the folder `output`, the adapter beside it.
 
     Training checkpoints lie in `<output>.work` until the run ends; `resume` continues from the last one.
 
@@ -79,13 +80,17 @@ def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> GradualPruning:
         BudgetError: it does not say how much to remove, or asks for shares of kinds or layers.
     """
     from secateur.methods.loraprune import LoRAPrune
+    from secateur.methods.lorashear import LoRAShear
 
     prune = recipe.prune
     if prune.param_sparsity is None and prune.unit_sparsity is None:
         raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
     if prune.kind_ratios or prune.layer_ratios:
-        raise BudgetError("loraprune takes one budget for all kinds and layers: no shares (kind_ratios, layer_ratios)")
-    return LoRAPrune(
+        raise BudgetError(
+            f"{recipe.method.name} takes one budget for all kinds and layers: no shares (kind_ratios, layer_ratios)"
+        )
+    methods: dict[str, Callable[..., GradualPruning]] = {"loraprune": LoRAPrune, "lorashear": LoRAShear}
+    return methods[recipe.method.name](
         budget=Budget(prune.param_sparsity, prune.unit_sparsity),
         kinds=prune.kinds,
         ranking=prune.ranking,
@@ -94,7 +99,7 @@ def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> GradualPruning:
         protect_first=prune.protect_first,
         protect_last=prune.protect_last,
         protect=protect,
-        **recipe.method.model_dump(exclude={"name"}),
+        **recipe.method.given,
     )
 
 

@@ -1,0 +1,102 @@
+"""Units on their way to zero while a model trains: frozen rows scaled down, LoRA's product absorbed, moments cleared.
+
+The weights of a unit here are the rows that put it out (its `producer` members, biases included). When they are zero,
+rows of B included, nothing that reads the unit gets anything but zeros, so that cutting it changes no logit.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from secateur.groups import Group, Member
+from secateur.importance.displacement import producers
+from secateur.importance.lora_guided import adapted_layer, factors_of
+from secateur.surgery.input_masks import base_of
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+
+@torch.no_grad()
+def scale_units(
+    model: nn.Module, group: Group, factors: Tensor, optimizer: Optimizer | None = None, *, absorb: bool
+) -> None:
+    """Multiply the weights of a group's units by `factors`, in place.
+
+    Args:
+        model: the base, its linear modules with or without adapters.
+        factors: [units]; a unit with the factor 1 is left alone.
+        optimizer: its state of rows of B that become zero is cleared.
+        absorb: add gamma B A to the rows that are scaled (to those that become zero, not), and set B to zero there;
+            else the rows of B are scaled too.
+    """
+    units = torch.nonzero(factors != 1).flatten().cpu()
+    if not len(units):
+        return
+    for member in producers(group):
+        rows = torch.from_numpy(member.index)[units].flatten()
+        by = factors.cpu()[units].repeat_interleave(member.index.shape[1])
+        _scale_rows(model, member, rows, by, optimizer, absorb)
+
+
+@torch.no_grad()
+def merge_and_restart(model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Add gamma B A to every adapted weight and set B to zero with the optimizer's state of it; A stays."""
+    for module in model.modules():
+        if not hasattr(module, "get_delta_weight") or not getattr(module, "lora_A", None):
+            continue
+        (adapter,) = module.active_adapters  # type: ignore[misc]
+        weight: Tensor = base_of(module).weight  # type: ignore[assignment]
+        weight.add_(module.get_delta_weight(adapter).to(weight))  # type: ignore[operator]
+        factor: Tensor = module.lora_B[adapter].weight  # type: ignore[index, union-attr]
+        factor.zero_()
+        _clear(optimizer, factor, slice(None))
+
+
+def producer_tensors(model: nn.Module, groups: list[Group]) -> dict[str, Tensor]:
+    """The frozen tensors that units of these groups are put out by, by name; those in use, not copies."""
+    names = dict.fromkeys(m.parameter for group in groups for m in producers(group))
+    return {name: _tensor(model, name) for name in names}
+
+
+def adapted_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The frozen weights around which adapters lie, by the name that the base gives them."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if hasattr(module, "get_delta_weight") and getattr(module, "lora_A", None):
+            found[f"{path}.weight"] = base_of(module).weight  # type: ignore[assignment]
+    return found
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    path, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(base_of(model.get_submodule(path)), leaf)
+    return tensor
+
+
+def _scale_rows(
+    model: nn.Module, member: Member, rows: Tensor, by: Tensor, optimizer: Optimizer | None, absorb: bool
+) -> None:
+    """Rows `rows` of a member's dimension times `by`, and those of B as `scale_units` says."""
+    tensor = _tensor(model, member.parameter).movedim(member.dim, 0)
+    rows, by = rows.to(tensor.device), by.to(tensor.device)
+    new = tensor[rows] * by.reshape(-1, *[1] * (tensor.dim() - 1)).to(tensor)
+    layer: Any = adapted_layer(model, member.parameter)
+    if layer is not None:
+        a, b, scale = factors_of(layer)
+        if absorb:
+            new = new + (scale * (b[rows] @ a) * (by != 0)[:, None]).to(new)
+        b[rows] = torch.zeros_like(b[rows]) if absorb else b[rows] * by[:, None].to(b)
+        _clear(optimizer, b, rows if absorb else rows[by == 0])
+    tensor[rows] = new
+
+
+def _clear(optimizer: Optimizer | None, parameter: Tensor, rows: Any) -> None:
+    """Forget what the optimizer keeps of these rows."""
+    state = optimizer.state[parameter] if optimizer is not None and parameter in optimizer.state else {}
+    for value in state.values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[rows] = 0

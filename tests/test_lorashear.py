@@ -1,0 +1,271 @@
+"""LoRAShear: displacement and saliency against slow copies, the half-space step by hand, and whole runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from families import make
+from hypothesis import given
+from hypothesis import strategies as st
+from test_loraprune import adapted, losses, trained
+from transformers import TrainerCallback
+
+import secateur as sc
+from secateur.discovery.reference import plain_logits
+from secateur.discovery.trace import probe_ids
+from secateur.errors import BudgetError, NonFiniteError, PlanError
+from secateur.importance.displacement import Displacement, displacement, saliency
+from secateur.methods.lorashear import LoRAShear, _lambda
+from secateur.surgery.live import LiveModel
+from secateur.surgery.shrinking import merge_and_restart, scale_units
+
+FFN, KV = "model.layers.0.mlp/ffn_channel", "model.layers.0.self_attn/kv_group"
+
+
+@pytest.fixture
+def live():
+    return LiveModel(adapted(make("llama").double()))
+
+
+def stacked(layers, part, units):
+    """Weights (or displacements) of each unit as one vector, [units, elements]."""
+    rows = [
+        layer.base_layer.weight if part == "x" else layer.get_delta_weight("default")
+        for layer in layers
+    ]  # fmt: skip
+    return torch.cat([r.detach().reshape(units, -1) for r in rows], 1)
+
+
+def producers_of(live, name):
+    block = live.base.model.layers[0]
+    if name == FFN:
+        return [block.mlp.gate_proj, block.mlp.up_proj]
+    return [block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj]
+
+
+@pytest.mark.parametrize("name", [FFN, KV])
+def test_norms_and_products_are_those_of_the_whole_matrices(live, name):
+    group = live.groups.named(name)
+    found = displacement(live.base, group)
+    x, moved = (stacked(producers_of(live, name), part, group.units) for part in ("x", "moved"))
+    torch.testing.assert_close(found.squared, x.square().sum(1))
+    torch.testing.assert_close(found.along, (x * moved).sum(1))
+    torch.testing.assert_close(found.moved, moved.square().sum(1))
+
+
+def test_biases_count_and_turned_matrices_are_read_the_right_way():
+    live = LiveModel(adapted(make("gpt2").double(), target_modules=["c_fc", "c_proj"]))
+    name = "transformer.h.0.mlp/ffn_channel"
+    layer = live.base.transformer.h[0].mlp.c_fc
+    found = displacement(live.base, live.groups.named(name))
+    weight, bias = layer.base_layer.weight.detach(), layer.base_layer.bias.detach()
+    torch.testing.assert_close(found.squared, weight.square().sum(0) + bias.square())
+    torch.testing.assert_close(found.along, (weight * layer.get_delta_weight("default")).sum(0).detach())
+
+
+def test_what_is_not_finite_stops_with_its_name(live):
+    live.base.model.layers[0].mlp.up_proj.lora_B["default"].weight.data[3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.mlp\.up_proj\.weight"):
+        displacement(live.base, live.groups.named(FFN))
+
+
+def test_saliency_by_hand():
+    x = torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]])
+    d = torch.tensor([[0.3, 0.4], [0.0, -1.0], [0.0, 0.5]])
+    found = Displacement(x.square().sum(1), (x * d).sum(1), d.square().sum(1))
+    parts = {
+        "magnitude": torch.tensor([5.0, 1.0, 2.0]),
+        "cosine": torch.tensor([2.0, 0.0, 1.0]),
+        "first": torch.tensor([2.5, 1.0, 0.0]),
+        "second": torch.tensor([3.125, 0.5, 0.0]),
+    }
+    for name, values in parts.items():
+        torch.testing.assert_close(saliency({"g": found}, [name])["g"], values / values.norm())
+    everything = sum(values / values.norm() for values in parts.values()) / 4
+    torch.testing.assert_close(saliency({"g": found})["g"], everything)
+
+
+def test_proxies_are_normalised_over_all_groups():
+    one, two = (Displacement(torch.tensor([v]), torch.zeros(1), torch.zeros(1)) for v in (9.0, 16.0))
+    found = saliency({"a": one, "b": two}, ["magnitude"])
+    torch.testing.assert_close(torch.cat(list(found.values())), torch.tensor([0.6, 0.8]))
+
+
+positive = st.floats(0.01, 10)
+
+
+@given(norm=positive, moved=positive, cosine=st.floats(-1, 1), steps=st.integers(1, 50))
+def test_the_strength_turns_the_displacement_and_ends_in_time(norm, moved, cosine, steps):
+    """lambda lies between what keeps x from growing and what turns the displacement around, if x grows at all."""
+    along = norm * moved * cosine
+    found = Displacement(*(torch.tensor([v], dtype=torch.float64) for v in (norm**2, along, moved**2)))
+    strength = float(_lambda(found))
+    if along > 0:
+        low, high = along / norm, moved**2 * norm / along
+        assert min(strength, low) <= max(high, 10.0) + 1e-9
+        assert strength < high + 1e-9 or strength == pytest.approx((low + high) / 2)
+    else:
+        assert strength == 0.01
+    pruning = LoRAShear(0.5)
+    factor = float(pruning._half_space(found, steps))
+    taken = max(strength, norm / steps)
+    inside = norm**2 + along - taken * norm >= 0
+    assert factor == (pytest.approx(1 - taken / norm) if inside else 0)
+
+
+def test_a_half_space_step_is_equation_2(live):
+    group = live.groups.named(FFN)
+    layers = producers_of(live, FFN)
+    x, moved = (stacked(layers, part, group.units) for part in ("x", "moved"))
+    before = live.logits()
+    factors = torch.ones(group.units, dtype=torch.float64)
+    factors[[2, 7]] = torch.tensor([0.6, 0.0], dtype=torch.float64)
+    scale_units(live.base, group, factors, absorb=True)
+    now = stacked(layers, "x", group.units)
+    torch.testing.assert_close(now[2], 0.6 * x[2] + moved[2])
+    assert not now[7].any() and not stacked(layers, "moved", group.units)[[2, 7]].any()
+    others = [u for u in range(group.units) if u not in (2, 7)]
+    torch.testing.assert_close(now[others], x[others])
+    torch.testing.assert_close(stacked(layers, "moved", group.units)[others], moved[others])
+    assert not torch.equal(live.logits(), before)
+
+
+def test_a_merge_leaves_the_function_and_forgets_the_moments_of_b(live):
+    optimizer = torch.optim.AdamW([p for p in live.model.parameters() if p.requires_grad], lr=1e-2)
+    ids = probe_ids(live.base)
+    live.model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    before = live.logits()
+    merge_and_restart(live.base, optimizer)
+    torch.testing.assert_close(live.logits(), before, rtol=0, atol=1e-10)
+    layer = live.base.model.layers[0].mlp.up_proj
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert not b.any() and not optimizer.state[b]["exp_avg"].any() and not optimizer.state[b]["exp_avg_sq"].any()
+    assert optimizer.state[a]["exp_avg"].any()
+
+
+@pytest.mark.parametrize("push", ["half-space", "linear"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "falcon-mqa", "phi3", "gemma2", "qwen2"])
+def test_redundant_units_are_exactly_zero_and_cutting_changes_no_logit(family, push, tmp_path):
+    pruning = LoRAShear(0.15, push=push, periods=2, warmup=0.2, cooldown=0.3)
+    trained(adapted(make(family).double()), [pruning], tmp_path, steps=10)
+    live = pruning.live
+    for name in pruning.candidates:
+        removed = list(live.plan.removed(name)) if name in live.plan.kept else []
+        found = displacement(live.base, live.groups.named(name))
+        assert not found.squared[removed].any() and not found.moved[removed].any()
+        assert found.squared.count_nonzero() == live.groups.named(name).units - len(removed)
+    result = pruning.finish()
+    live._masks.remove()  # nothing but the weights holds what has gone at zero
+    zeroed = live.logits()
+    small = plain_logits(result.model, probe_ids(result.model))
+    torch.testing.assert_close(small, zeroed, rtol=0, atol=1e-9)
+    assert abs(result.model.num_parameters() / live.groups.total_parameters - 0.85) < 0.03
+
+
+def test_the_linear_push_is_a_straight_line_to_zero(tmp_path):
+    pruning = LoRAShear(0.3, push="linear", periods=1, warmup=0.2, cooldown=0.4)
+    norms = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if pruning.redundant and not norms:
+                norms.append(displacement(pruning.live.base, pruning.live.groups.named(FFN)).squared.sqrt())
+                self.units = pruning.redundant[FFN]
+            elif norms:
+                norms.append(displacement(pruning.live.base, pruning.live.groups.named(FFN)).squared.sqrt())
+
+    watch = Watch()
+    trained(adapted(make("llama").double()), [pruning, watch], tmp_path, steps=10)
+    start = norms[0][watch.units]
+    for step, now in enumerate(norms[:5]):
+        torch.testing.assert_close(now[watch.units], start * (4 - step) / 4)
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_the_budget_is_met_in_equal_shares_of_the_periods(ranking, tmp_path):
+    pruning = LoRAShear(0.3, periods=3, ranking=ranking, warmup=0.1, cooldown=0.5)
+    trained(adapted(make("llama")), [pruning], tmp_path, steps=20)
+    assert [row["step"] for row in pruning.history] == [5, 7, 10]
+    assert [row["share"] for row in pruning.history] == pytest.approx([0.1, 0.2, 0.3])
+    assert pruning.history[-1]["sparsity"] == pytest.approx(0.3, abs=0.01)
+
+
+@pytest.mark.parametrize("push", ["half-space", "linear"])
+def test_a_killed_run_goes_on_to_the_same_model(push, tmp_path):
+    """Also from the middle of a period."""
+
+    def run(folder, resume=None):
+        torch.manual_seed(0)
+        pruning = LoRAShear(0.3, push=push, periods=2, warmup=0.2, cooldown=0.3)
+        trainer = trained(
+            adapted(make("llama")), [pruning], folder, steps=12, resume=resume, save_strategy="steps", save_steps=4,
+            seed=3,
+        )  # fmt: skip
+        return pruning.finish().model, losses(trainer)
+
+    whole, wanted = run(tmp_path / "whole")
+    for checkpoint in ("checkpoint-8", "checkpoint-4"):
+        again, found = run(tmp_path / "whole", str(tmp_path / "whole" / checkpoint))
+        assert found[-4:] == wanted[-4:]
+        for name, tensor in whole.state_dict().items():
+            assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_protected_groups_stay_whole(tmp_path):
+    pruning = LoRAShear(0.2, uniform=False, protect=(FFN,), periods=2, warmup=0.2)
+    trained(adapted(make("llama")), [pruning], tmp_path, steps=10)
+    assert FFN not in pruning.finish().plan.kept
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({}, "say how much"),
+        ({"sparsity": 0.2, "warmup": 0.6, "cooldown": 0.5}, "below 1 together"),
+        ({"sparsity": 0.2, "periods": 0}, "one period or more"),
+    ],
+)
+def test_settings_that_make_no_run_are_refused(arguments, words):
+    with pytest.raises(BudgetError, match=words):
+        LoRAShear(**arguments)
+
+
+def test_more_periods_than_steps_are_refused(tmp_path):
+    with pytest.raises(BudgetError, match="50 periods do not fit into 12 steps"):
+        trained(adapted(make("llama")), [LoRAShear(0.2, periods=50)], tmp_path)
+
+
+def test_adapters_with_a_bias_are_refused():
+    with pytest.raises(PlanError, match="lora_bias"):
+        LoRAShear(0.2).prepare(adapted(make("llama"), lora_bias=True))
+
+
+def test_a_model_that_is_merged_first_is_cut_to_the_same(live):
+    """Adapters in place and not zero: cutting before the merge equals merging before the cut."""
+    scores = {g.name: torch.rand(g.units) for g in live.groups.of_kinds(["ffn_channel", "kv_group"])}
+    plan = sc.allocate(live.groups, scores, sc.Budget(0.1), uniform=False)
+    merged = copy.deepcopy(live.model).merge_and_unload()
+    wanted = sc.slice(merged, plan)
+    live.mask(plan)
+    live.compact()
+    found = live.model.merge_and_unload()
+    for name, tensor in wanted.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=1e-12)
+
+
+def test_the_command_prunes_pushes_and_resumes_like_any_other(secateur, checkpoint_folder, text_file, tmp_path):
+    common = ["--method", "lorashear", "--sparsity", "0.3", "--steps", "8", "--periods", "2", "--seq-len", "16",
+              "--batch-size", "2", "--data", text_file, "--push", "linear"]  # fmt: skip
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *common)
+    assert code == 0, err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["protocol"]["settings"]["push"] == "linear"
+    assert results["params"]["sparsity"] == pytest.approx(0.3, abs=0.01)
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", *common, "--variant", "grad")
+    assert code == 2 and "lorashear has no use for --variant" in err and not (tmp_path / "o").exists()
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", *common[:-1], "sideways")
+    assert code == 2 and "half-space" in err and not (tmp_path / "o").exists()
