@@ -1,0 +1,217 @@
+"""LoRAShear beside LLM-Pruner and LoRAPrune on sources of different character, at equal training tokens.
+
+    python benchmarks/lorashear.py demo --source fiction=books.jsonl.xz --source c4=c4.jsonl.gz ... \
+        --output benchmarks/results/lorashear_demo.json
+
+Of every source a part is set aside and never trained on; perplexities are measured on it, for the dense model first.
+Every row trains adapters for the same number of steps of the same size:
+
+    llm-pruner          first-order Taylor cut, then recovery on all sources pooled (static)
+    loraprune           prunes while it trains, static
+    lorashear           half-space steps in periods, static
+    lorashear-dynamic   the same with the dynamic mix
+    lorashear-linear    the straight line instead of the half-space step, static
+    llm-pruner-dynamic  what the dynamic mix brings without LHSPG
+
+A name with `+knowledge` leaves the groups whole that an analysis of the dense model finds most sensitive; layers differ
+in width then. `mean` is the geometric mean over sources, `worst` the source whose perplexity is the largest multiple of
+the dense one. Rows that the output holds already, from the same protocol, are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import secateur as sc
+from secateur.data import Corpus
+from secateur.importance import Taylor
+from secateur.methods.llm_pruner import LLMPruner
+from secateur.methods.llm_pruner import run as llm_pruner
+from secateur.pipeline import PACKAGES, write_json
+from secateur.recovery import RecoverySettings, train, with_adapters
+from secateur.recovery.gradual import GradualPruning
+
+METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear-linear")
+KNOWLEDGE = "+knowledge"
+
+
+def split(name: str, file: str, characters: int, held_out: int) -> tuple[Corpus, Corpus]:
+    """Training and held-out text of a source: what comes first, as long as asked for, and what comes after."""
+    path, _, title = file.partition("#")
+    texts = sc.load_corpus(path).texts
+    if title:
+        titles = sc.load_corpus(path, field="title").texts
+        texts = tuple(text for text, of in zip(texts, titles, strict=True) if title in of)
+    text = "\n\n".join(texts)[: characters + held_out]
+    at = len(text) - held_out
+
+    def part(piece: str) -> Corpus:
+        return Corpus(name, (piece,), hashlib.sha256(piece.encode()).hexdigest(), name)
+
+    return part(text[:at]), part(text[at:])
+
+
+def settings_of(args: argparse.Namespace, seed: int, mix: str) -> RecoverySettings:
+    return RecoverySettings(
+        rank=args.rank, alpha=2 * args.rank, dropout=0.0, learning_rate=args.learning_rate, steps=args.steps,
+        batch_size=args.batch_size, micro_batch_size=args.batch_size, seq_len=args.seq_len, warmup_steps=10,
+        save_every=10**9, mix=mix, patience=0, seed=seed,
+    )  # fmt: skip
+
+
+def while_training(method: str, sparsity: float, args: argparse.Namespace, protect: tuple[str, ...]) -> GradualPruning:
+    common: dict[str, Any] = {
+        "warmup": args.warmup, "cooldown": args.cooldown, "protect": protect, "uniform": not protect,
+    }  # fmt: skip
+    if method == "loraprune":
+        return sc.LoRAPrune(sparsity, frequency=args.frequency, **common)
+    push = "linear" if method == "lorashear-linear" else "half-space"
+    return sc.LoRAShear(sparsity, push=push, periods=args.periods, **common)
+
+
+def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+    """One method at one sparsity from one seed."""
+    args, begin = case.args, time.perf_counter()
+    name, mark, _ = method.partition(KNOWLEDGE)
+    mix = "dynamic" if name.endswith("-dynamic") else "proportional"
+    name, protect = name.removesuffix("-dynamic"), case.protect if mark else ()
+    model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, mix)
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "llm-pruner":
+            tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, args.samples, args.seq_len, seed)
+            wanted = LLMPruner(sc.Budget(sparsity), Taylor(order=1), protect=protect, uniform=not protect)
+            cut = llm_pruner(model, [tokens], wanted).model
+            small = sc.recover(
+                cut, case.source.tokenizer, case.train, settings, Path(folder), dense=lambda: case.source.model
+            ).model
+        else:
+            adapted = with_adapters(model, settings, experts=False)
+            pruning = while_training(name, sparsity, args, protect)
+            train(
+                adapted, case.source.tokenizer, case.train, settings, Path(folder), callbacks=[pruning],
+                dense=lambda: case.source.model,
+            )  # fmt: skip
+            small = pruning.finish().model
+    found = case.perplexities(small)
+    worse = {source: value / case.dense[source] for source, value in found.items()}
+    return {
+        "method": method, "sparsity": sparsity, "seed": seed,
+        "reached": round(1 - small.num_parameters() / case.source.model.num_parameters(), 5),
+        "perplexity": found, "mean": mean(found), "worst": max(worse, key=lambda source: worse[source]),
+        "worst_ratio": max(worse.values()), "seconds": round(time.perf_counter() - begin, 1),
+    }  # fmt: skip
+
+
+def mean(values: dict[str, float]) -> float:
+    """The geometric mean."""
+    return math.exp(sum(map(math.log, values.values())) / len(values))
+
+
+class Case:
+    """One model with its sources, and what is measured of the dense model."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.source = args, sc.load(args.model)
+        self.source.model.float()
+        files = dict(given.split("=", 1) for given in args.source)
+        parts = {name: split(name, file, args.characters, args.held_out) for name, file in files.items()}
+        self.train = [part for part, _ in parts.values()]
+        self.held_out = {name: part for name, (_, part) in parts.items()}
+        pieces = tuple(text for part in self.train for text in part.texts)
+        self.pooled = replace(self.train[0], name="all", rows=pieces)
+        self.dense = self.perplexities(self.source.model)
+        self.protect: tuple[str, ...] = ()
+        if any(KNOWLEDGE in method for method in args.methods):
+            found = sc.knowledge_distribution(
+                self.source.model, self.source.tokenizer, self.pooled, seq_len=args.seq_len
+            )
+            self.protect = tuple(found.most_sensitive(args.protect_share))
+
+    def perplexities(self, model: Any) -> dict[str, float]:
+        args = self.args
+        return {
+            name: sc.perplexity(model, self.source.tokenizer, text, seq_len=args.seq_len, batch_size=16).value
+            for name, text in self.held_out.items()
+        }
+
+    def report(self) -> dict[str, Any]:
+        args, model = self.args, self.source
+        texts = {name: {"train_sha256": part.sha256, "held_out_sha256": self.held_out[name].sha256}
+                 for name, part in zip(self.held_out, self.train, strict=True)}  # fmt: skip
+        names = ("characters", "held_out", "samples", "seq_len", "steps", "batch_size", "rank", "learning_rate",
+                 "frequency", "periods", "warmup", "cooldown", "protect_share")  # fmt: skip
+        return {
+            "schema": 1,
+            "command": "benchmarks/lorashear.py",
+            "model": {
+                "name": Path(args.model).name,
+                "sha256": model.sha256,
+                "parameters": model.model.num_parameters(),
+            },
+            "dense": {"perplexity": self.dense, "mean": mean(self.dense)},
+            "protected": list(self.protect),
+            "protocol": {
+                "sources": texts,
+                **{name: getattr(args, name) for name in names},
+                "dtype": "float32",
+                "threads": torch.get_num_threads(),
+                "versions": {name: version(name) for name in PACKAGES},
+            },
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument(
+        "--source",
+        action="append",
+        required=True,
+        help="NAME=FILE, or NAME=FILE#WORD for the rows whose title has it; two or more",
+    )
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--sparsities", nargs="*", type=float, default=(0.2, 0.5))
+    parser.add_argument("--seeds", nargs="*", type=int, default=(1, 2, 3))
+    parser.add_argument("--characters", type=int, default=400_000, help="of each source to train on, at most")
+    parser.add_argument("--held-out", type=int, default=40_000, help="characters of each source to measure on")
+    parser.add_argument("--samples", type=int, default=32, help="calibration sequences of LLM-Pruner")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--frequency", type=int, default=10, help="of LoRAPrune's looks")
+    parser.add_argument("--periods", type=int, default=10, help="of LoRAShear")
+    parser.add_argument("--warmup", type=float, default=0.02)
+    parser.add_argument("--cooldown", type=float, default=0.6)
+    parser.add_argument("--protect-share", type=float, default=0.1)
+    args = parser.parse_args()
+    case = Case(args)
+    report = case.report()
+    known = json.loads(args.output.read_text()) if args.output.exists() else {}
+    rows = known.get("rows", []) if known.get("protocol") == report["protocol"] else []
+    done = {(r["method"], r["sparsity"], r["seed"]) for r in rows}
+    for seed in args.seeds:
+        for sparsity in args.sparsities:
+            for method in args.methods:
+                if (method, sparsity, seed) not in done:
+                    rows.append(row(case, method, sparsity, seed))
+                    print(rows[-1], flush=True)
+                    write_json(args.output, report | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
