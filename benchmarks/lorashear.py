@@ -179,7 +179,7 @@ def main() -> None:
         "--source",
         action="append",
         required=True,
-        help="NAME=FILE, or NAME=FILE#WORD for the rows whose title has it; two or more",
+        help="NAME=FILE, two or more; FILE#WORD: rows by title",
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="*", default=METHODS)
