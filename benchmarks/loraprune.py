@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import tempfile
 import time
 from importlib.metadata import version
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resumed import measured
 
 import secateur as sc
 from secateur.importance import Random, Taylor
@@ -29,7 +29,7 @@ from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
 from secateur.methods.loraprune import LoRAPrune
 from secateur.methods.lorashear import LoRAShear
-from secateur.pipeline import PACKAGES, write_json
+from secateur.pipeline import PACKAGES
 from secateur.recovery import RecoverySettings, train, with_adapters
 from secateur.recovery.gradual import GradualPruning
 
@@ -106,7 +106,7 @@ def ppl(model: Any, tokenizer: Any, args: argparse.Namespace) -> float:
     return sc.perplexity(model, tokenizer, sc.load_corpus(args.text), seq_len=args.seq_len, batch_size=16).value
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> None:
     """All rows for one model, those in the output file taken from there."""
     source = sc.load(args.model)
     source.model.float()
@@ -134,17 +134,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "versions": {name: version(name) for name in PACKAGES},
         },
     }  # fmt: skip
-    known = json.loads(args.output.read_text()) if args.output.exists() else {}
-    rows = known.get("rows", []) if known.get("protocol") == report["protocol"] else []
-    done = {(r["method"], r["sparsity"], r["seed"]) for r in rows}
-    for seed in args.seeds:
-        for sparsity in args.sparsities:
-            for method in args.methods:
-                if (method, sparsity, seed) not in done:
-                    rows.append(row(source, data, method, sparsity, seed, args))
-                    print(rows[-1], flush=True)
-                    write_json(args.output, report | {"rows": rows})
-    return report | {"rows": rows}
+    measured(args, report, lambda method, sparsity, seed: row(source, data, method, sparsity, seed, args))
 
 
 def main() -> None:
@@ -170,7 +160,7 @@ def main() -> None:
     parser.add_argument("--periods", type=int, default=10, help="of LoRAShear")
     parser.add_argument("--raw", action="store_true", help="do not normalise the scores of each projection")
     args = parser.parse_args()
-    write_json(args.output, measure(args))
+    measure(args)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import json
 import math
 import tempfile
 import time
@@ -33,13 +32,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from resumed import measured
 
 import secateur as sc
 from secateur.data import Corpus
 from secateur.importance import Taylor
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
-from secateur.pipeline import PACKAGES, write_json
+from secateur.pipeline import PACKAGES
 from secateur.recovery import RecoverySettings, train, with_adapters
 from secateur.recovery.gradual import GradualPruning
 
@@ -200,17 +200,7 @@ def main() -> None:
     parser.add_argument("--protect-share", type=float, default=0.1)
     args = parser.parse_args()
     case = Case(args)
-    report = case.report()
-    known = json.loads(args.output.read_text()) if args.output.exists() else {}
-    rows = known.get("rows", []) if known.get("protocol") == report["protocol"] else []
-    done = {(r["method"], r["sparsity"], r["seed"]) for r in rows}
-    for seed in args.seeds:
-        for sparsity in args.sparsities:
-            for method in args.methods:
-                if (method, sparsity, seed) not in done:
-                    rows.append(row(case, method, sparsity, seed))
-                    print(rows[-1], flush=True)
-                    write_json(args.output, report | {"rows": rows})
+    measured(args, case.report(), lambda method, sparsity, seed: row(case, method, sparsity, seed))
 
 
 if __name__ == "__main__":

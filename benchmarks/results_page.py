@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import loraprune_page
+import lorashear_page
 
 RESULTS = Path(__file__).parent / "results"
 BASES = ("full_gradients", "forward_backward")
@@ -162,6 +163,7 @@ def loraprune() -> list[str]:
     return [
         *loraprune_page.comparison(results("loraprune_compared_*.json")),
         *loraprune_page.agreement(results("loraprune_agreement_*.json")),
+        *lorashear_page.compared(results("lorashear_*.json")),
         *loraprune_page.memory(results("loraprune_memory*.json")),
         *loraprune_page.compaction(results("loraprune_compaction.json")),
     ]

@@ -29,7 +29,9 @@ def scale_units(
     Args:
         model: the base, its linear modules with or without adapters.
         factors: [units]; a unit with the factor 1 is left alone.
-        optimizer: its state of rows of B that become zero is cleared.
+        optimizer: its state of the rows of B around rows that become zero is cleared. Where a product is absorbed, it
+            stays: the function and its gradients are the same as before, and an Adam whose second moments are cleared
+            and whose count of steps is not would take steps that are several times too long.
         absorb: add gamma B A to the rows that are scaled (to those that become zero, not), and set B to zero there;
             else the rows of B are scaled too.
     """
@@ -44,7 +46,7 @@ def scale_units(
 
 @torch.no_grad()
 def merge_and_restart(model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Add gamma B A to every adapted weight and set B to zero with the optimizer's state of it; A stays."""
+    """Add gamma B A to every adapted weight and set B to zero; the optimizer begins anew with B, and A stays."""
     for module in model.modules():
         if not hasattr(module, "get_delta_weight") or not getattr(module, "lora_A", None):
             continue
@@ -53,7 +55,8 @@ def merge_and_restart(model: nn.Module, optimizer: Optimizer | None = None) -> N
         weight.add_(module.get_delta_weight(adapter).to(weight))  # type: ignore[operator]
         factor: Tensor = module.lora_B[adapter].weight  # type: ignore[index, union-attr]
         factor.zero_()
-        _clear(optimizer, factor, slice(None))
+        if optimizer is not None:
+            optimizer.state.pop(factor, None)
 
 
 def producer_tensors(model: nn.Module, groups: list[Group]) -> dict[str, Tensor]:
@@ -90,11 +93,11 @@ def _scale_rows(
         if absorb:
             new = new + (scale * (b[rows] @ a) * (by != 0)[:, None]).to(new)
         b[rows] = torch.zeros_like(b[rows]) if absorb else b[rows] * by[:, None].to(b)
-        _clear(optimizer, b, rows if absorb else rows[by == 0])
+        _clear(optimizer, b, rows[by == 0])
     tensor[rows] = new
 
 
-def _clear(optimizer: Optimizer | None, parameter: Tensor, rows: Any) -> None:
+def _clear(optimizer: Optimizer | None, parameter: Tensor, rows: Tensor) -> None:
     """Forget what the optimizer keeps of these rows."""
     state = optimizer.state[parameter] if optimizer is not None and parameter in optimizer.state else {}
     for value in state.values():
