@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     from secateur.evaluation.perplexity import perplexity
     from secateur.groups import Group, Groups, Member
     from secateur.importance import Magnitude, Random, Taylor, leave_one_out, score
+    from secateur.importance.components import ComponentCriterion
     from secateur.methods.loraprune import LoRAPrune
     from secateur.methods.lorashear import LoRAShear
+    from secateur.methods.prunedlora import PrunedLoRA, PrunedLoRASettings, prune_adapter
     from secateur.plan import PruningPlan
     from secateur.recovery import RecoverySettings, draw_mix, recover
     from secateur.surgery import mask, prove, slice
 
 _HOME = {
     "Budget": "allocation",
+    "ComponentCriterion": "importance.components",
     "Group": "groups",
     "Groups": "groups",
     "Knowledge": "evaluation",
@@ -43,6 +46,8 @@ _HOME = {
     "LoRAShear": "methods.lorashear",
     "Magnitude": "importance",
     "Member": "groups",
+    "PrunedLoRA": "methods.prunedlora",
+    "PrunedLoRASettings": "methods.prunedlora",
     "PruningPlan": "plan",
     "Random": "importance",
     "RecoverySettings": "recovery",
@@ -60,6 +65,7 @@ _HOME = {
     "mask": "surgery",
     "perplexity": "evaluation",
     "prove": "surgery",
+    "prune_adapter": "methods.prunedlora",
     "recover": "recovery",
     "save": "checkpoint",
     "score": "importance",
@@ -68,10 +74,10 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "Group", "Groups", "Knowledge", "LoRAPrune", "LoRAShear", "Magnitude", "Member", "PruningPlan", "Random",
-    "RecoverySettings", "SecateurError", "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix",
-    "knowledge_distribution", "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "recover", "save",
-    "score", "slice",
+    "Budget", "ComponentCriterion", "Group", "Groups", "Knowledge", "LoRAPrune", "LoRAShear", "Magnitude", "Member",
+    "PrunedLoRA", "PrunedLoRASettings", "PruningPlan", "Random", "RecoverySettings", "SecateurError", "Taylor",
+    "allocate", "bench", "calibration_tokens", "discover", "draw_mix", "knowledge_distribution", "leave_one_out",
+    "load", "load_corpus", "mask", "perplexity", "prove", "prune_adapter", "recover", "save", "score", "slice",
 ]  # fmt: skip
 
 

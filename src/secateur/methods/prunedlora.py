@@ -1,0 +1,326 @@
+"""PrunedLoRA: gradient-based structured pruning for low-rank adaptation in fine-tuning (arXiv:2510.00192).
+
+| paper | here |
+| --- | --- |
+| r_init, r_target | the rank of the `LoraConfig`; `target_rank` |
+| K1, steps between two removals; K2, components removed each time | `every`, `components` |
+| the criterion and the update of what stays | `importance.components.ComponentCriterion`, `PAPER` for the paper's |
+| alpha = r, so that the scale is 1 at any rank | the scale of each module is kept, whatever it is |
+
+1. Before each optimizer step, after accumulation and clipping: take the gradients of A and B into the averages.
+2. Every `every` steps: remove as many components as the schedule wants, chosen by the criterion, and change the others.
+   Without `components` the rank falls on a cubic curve and reaches the target before the run ends, whatever its length.
+3. What is removed leaves A, B, gradients and the optimizer's moments at once, so that it cannot come back.
+
+Deviations: the first removal comes after `every` steps or the warm-up (the code's comes at step 0, when B = 0 and A has
+no gradient); with `scope="global"` the modules share one budget; the published code never slices. Under distributed
+training components are set to zero with their moments, and leave when training ends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from secateur.errors import BudgetError, CheckpointError, NonFiniteError, PlanError
+from secateur.importance.components import ComponentCriterion
+from secateur.recovery.mixed_precision import unscaled
+from secateur.schedules import cubic
+from secateur.surgery.component_pruning import Pruner
+
+STATE = "prunedlora.safetensors"  # beside the Trainer's own files in a checkpoint
+PAPER = ComponentCriterion(
+    ema=0.0, damping=1e-6, relative=False, newton=1.0, factors="both", joint=False, balance=False
+)
+DEFAULT = ComponentCriterion()
+Scope = Literal["adapter", "global"]
+PRESENT = "present"
+
+
+@dataclass(frozen=True)
+class PrunedLoRASettings:
+    """Settings of one run.
+
+    Attributes:
+        target_rank: of every module in the end, or of the average module.
+        every: optimizer steps between two removals (K1).
+        components: to remove from each module, or from the average module, each time (K2); if not given, the rank
+            falls on a cubic curve.
+        scope: `adapter` gives every module the same rank; `global` removes what costs least, wherever it is.
+        floor: least rank of a module with a global budget.
+        warmup, cooldown: shares of the run before and after the cubic curve.
+        adapter: name of the adapter to prune; the active one if not given.
+        criterion: which components go, and how the others change.
+    """
+
+    target_rank: int
+    every: int = 10
+    components: int | None = None
+    scope: Scope = "adapter"
+    floor: int = 1
+    warmup: float = 0.1
+    cooldown: float = 0.3
+    adapter: str | None = None
+    criterion: ComponentCriterion = DEFAULT
+
+    def __post_init__(self) -> None:
+        if self.target_rank < 1 or self.every < 1 or not 1 <= self.floor <= self.target_rank:
+            raise BudgetError(
+                f"target rank {self.target_rank}, every {self.every}, floor {self.floor}: expected at least 1 each, "
+                "and a floor not above the target"
+            )
+        if self.components is not None and self.components < 1:
+            raise BudgetError(f"components={self.components}: at least 1 must go each time; leave it out for a curve")
+        cubic(0, 1, 0.0, warmup=self.warmup, cooldown=self.cooldown)  # checks the shares
+
+    def share(self, step: int, steps: int) -> float:
+        """Part of all that must go which is gone after `step` of `steps` on the cubic curve."""
+        return 2 * cubic(step, steps, 0.5, warmup=self.warmup, cooldown=self.cooldown)
+
+    def due(self, step: int, steps: int) -> bool:
+        """Whether components may go at this step; on the curve at any after its end, should a removal have failed."""
+        return step % self.every == 0 or (self.components is None and step >= steps * (1 - self.cooldown))
+
+    def wanted(self, pruner: Pruner, step: int, steps: int) -> dict[str, int]:
+        """How many components to remove from each module at `step` of `steps`."""
+        if self.components is None:
+            return self.excess(pruner, self.share(step, steps))
+        if self.scope == "global":
+            count = min(self.components * len(pruner.ranks), sum(pruner.ranks.values()) - self._total(pruner.ranks))
+            return pruner.cheapest(max(0, count), self.floor)
+        return {n: min(self.components, r - self.target_rank) for n, r in pruner.ranks.items() if r > self.target_rank}
+
+    def excess(self, pruner: Pruner, share: float) -> dict[str, int]:
+        """How many components to remove from each module, so that this part of all that must go is gone."""
+
+        def goal(initial: int, target: int) -> int:
+            return initial - round(share * max(0, initial - target))
+
+        now = pruner.ranks
+        if self.scope == "global":
+            count = sum(now.values()) - goal(sum(pruner.initial.values()), self._total(now))
+            return pruner.cheapest(count, self.floor)
+        goals = {n: goal(r, self.target_rank) for n, r in pruner.initial.items()}
+        return {n: r - goals[n] for n, r in now.items() if r > goals[n]}
+
+    def reached(self, ranks: Mapping[str, int]) -> bool:
+        """Whether the target is."""
+        if self.scope == "global":
+            return sum(ranks.values()) <= self._total(ranks)
+        return max(ranks.values()) <= self.target_rank
+
+    def check_reach(self, ranks: Mapping[str, int], steps: int) -> None:
+        """Make sure that K1 and K2 lead to the target.
+
+        Raises:
+            BudgetError: they do not.
+        """
+        if self.components is None:
+            return
+        initial = max(ranks.values()) if self.scope == "adapter" else sum(ranks.values()) / len(ranks)
+        if (end := initial - self.components * (steps // self.every)) > self.target_rank:
+            raise BudgetError(
+                f"{self.components} components every {self.every} steps bring rank {initial:g} to {end:g} in {steps} "
+                f"steps, not to {self.target_rank}: train longer, remove more each time, or leave out components, for "
+                "a curve that gets there"
+            )
+
+    def _total(self, ranks: Mapping[str, int]) -> int:
+        """Components in the end, with a global budget."""
+        return self.target_rank * len(ranks)
+
+
+def record(step: int, ranks: Mapping[str, int], cost: float = 0.0) -> dict[str, Any]:
+    """One row of a history: the ranks after a removal, and what it costs by the criterion's own estimate."""
+    sizes = ranks.values()
+    mean = sum(sizes) / len(sizes)
+    return {"step": step, "mean": mean, "least": min(sizes), "most": max(sizes), "cost": cost}
+
+
+class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
+    """Prunes the LoRA adapter of a `PeftModel` while any transformers or TRL trainer trains it.
+
+    >>> trainer.add_callback(PrunedLoRA(target_rank=16))
+    >>> trainer.train()
+    >>> trainer.save_model("adapter")  # an ordinary PEFT folder of rank 16
+
+    Args:
+        target_rank: of every module in the end.
+        settings: any of `PrunedLoRASettings`.
+
+    Raises:
+        BudgetError: a rank, interval or share is out of range.
+    """
+
+    def __init__(self, target_rank: int, **settings: Any) -> None:
+        self.settings = PrunedLoRASettings(target_rank, **settings)
+        self.history: list[dict[str, Any]] = []
+        self.pruner: Pruner | None = None
+
+    def prepare(self, model: Any, checkpoint: Path | str | None = None) -> None:
+        """Look at the adapter, and bring a model to the ranks of the run that left `checkpoint`.
+
+        The Trainer's start does this by itself, but for a run to resume: call it before `trainer.train(...)` then.
+
+        Raises:
+            PlanError: there is no adapter, or its components cannot be removed.
+            CheckpointError: the checkpoint is not of such a run.
+        """
+        self.pruner = Pruner(model, self.settings.criterion, self.settings.adapter)
+        self.history = [record(0, self.pruner.ranks)]
+        if checkpoint is not None:
+            self._load(Path(checkpoint) / STATE)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        for what in ("fsdp", "deepspeed", "load_best_model_at_end"):
+            if getattr(args, what, None):
+                raise PlanError(f"{what} does not go with components that leave the adapter in training: switch it off")
+        if self.pruner is None:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            self.prepare(model, checkpoint if state.global_step else None)
+        assert self.pruner is not None
+        if self.pruner.parts.model is not model:
+            raise PlanError("this PrunedLoRA was prepared for another model; make a new one for this training")
+        self.pruner.compact = args.world_size == 1
+        self.settings.check_reach(self.pruner.initial, state.max_steps)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        """Steps 1 to 3."""
+        pruner = self.pruner
+        assert pruner is not None
+        if self.reached or not unscaled(optimizer):
+            return
+        step = state.global_step + 1
+        due = self.settings.due(step, state.max_steps)
+        if due or self.settings.criterion.ema > 0:
+            pruner.observe()
+        if due and (counts := self.settings.wanted(pruner, step, state.max_steps)):
+            self.history.append(record(step, cost=pruner.remove(counts, optimizer), ranks=pruner.ranks))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if folder.is_dir() and args.should_save:
+            self._save(folder / STATE)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        assert self.pruner is not None
+        self.pruner.settle(optimizer)
+        self.pruner.activations.end()
+
+    @property
+    def reached(self) -> bool:
+        """Whether the target rank is."""
+        assert self.pruner is not None
+        return self.settings.reached(self.pruner.ranks)
+
+    def finish(self) -> dict[str, int]:
+        """The rank of every module.
+
+        Raises:
+            PlanError: training ended before the target rank was reached.
+        """
+        if self.pruner is None:
+            raise PlanError("nothing has been pruned yet: train with this callback first")
+        if not self.reached:
+            mean = self.history[-1]["mean"]
+            raise PlanError(
+                f"training ended at an average rank of {mean:.4g}, before the target of {self.settings.target_rank}: "
+                "let it go on, or prune the adapter as it is (prune_adapter)"
+            )
+        return self.pruner.ranks
+
+    def _save(self, file: Path) -> None:
+        """Averages, and which components are left of those that the checkpoint's adapter stores."""
+        assert self.pruner is not None
+        tensors = {f"{name}|{PRESENT}": index for name, index in self.pruner.present.items()}
+        for name, state in self.pruner.averages.items():
+            tensors |= {f"{name}|{key}": tensor.contiguous() for key, tensor in state.items()}
+        facts = {"initial": self.pruner.initial, "stored": self.pruner.parts.ranks, "history": self.history}
+        save_file(tensors, file, {key: json.dumps(value) for key, value in facts.items()})
+
+    def _load(self, file: Path) -> None:
+        assert self.pruner is not None
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file} is missing, so this run of PrunedLoRA cannot go on; if its checkpoint lies elsewhere, call "
+                "prepare(model, checkpoint) before training goes on"
+            )
+        with safe_open(file, "pt") as stored:
+            facts = stored.metadata()
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        pruner = self.pruner
+        if json.loads(facts["initial"]) != pruner.initial:
+            raise CheckpointError(f"{file} is of a run with another adapter: other modules, or another initial rank")
+        pruner.parts.shrink_to(json.loads(facts["stored"]))
+        for key, tensor in tensors.items():
+            name, _, what = key.rpartition("|")
+            if what == PRESENT:
+                pruner.present[name] = tensor
+            else:
+                pruner.averages[name][what] = tensor.to(pruner.parts.up(name).device)
+        self.history = json.loads(facts["history"])
+
+
+def prune_adapter(
+    model: Any, batches: Sequence[Tensor], settings: PrunedLoRASettings, events: int = 8
+) -> list[dict[str, Any]]:
+    """Prune a trained adapter to the target rank in place, with gradients on calibration data, and without training.
+
+    Before each of several removals, the gradients of all batches are taken anew.
+
+    Args:
+        model: a `PeftModel` whose adapter can be trained (`is_trainable=True`).
+        batches: token ids, each [sequences, length]; every token but the first of a sequence is a label.
+        settings: the schedule has no part: equal numbers go each time.
+        events: removals.
+
+    Returns:
+        Ranks after each removal, as in `PrunedLoRA.history`.
+
+    Raises:
+        PlanError: the components cannot be removed, or the adapter is frozen.
+        NonFiniteError: a loss or score is NaN or infinite.
+    """
+    pruner = Pruner(model, settings.criterion, settings.adapter)
+    factors = [f for n in pruner.initial for f in (pruner.parts.up(n), pruner.parts.down(n))]
+    if not all(f.requires_grad for f in factors):
+        raise PlanError("the adapter is frozen, so it has no gradients: load it with is_trainable=True")
+    history = [record(0, pruner.ranks)]
+    for event in range(1, events + 1):
+        for average in pruner.averages.values():
+            average.clear()
+        for batch in batches:
+            for factor in factors:
+                factor.grad = None
+            _backward(model, batch)
+            pruner.observe()
+        if counts := settings.excess(pruner, event / events):
+            cost = pruner.remove(counts)
+            history.append(record(event, pruner.ranks, cost))
+    for factor in factors:
+        factor.grad = None
+    pruner.activations.end()
+    return history
+
+
+def _backward(model: Any, batch: Tensor) -> None:
+    """Gradients of the mean loss of one batch; its graph is gone then, for it knows the shapes of the factors."""
+    loss = model(input_ids=batch, labels=batch).loss
+    if not torch.isfinite(loss):
+        raise NonFiniteError(f"the loss on the calibration data is {float(loss)}: check the adapter and its base")
+    loss.backward()
