@@ -184,6 +184,33 @@ class RecoverSettings(Section):
         return self
 
 
+class ComponentSettings(Section):
+    """Which components of an adapter go, and how the others change; see `importance.components.ComponentCriterion`."""
+
+    kind: Literal["fisher", "activation", "magnitude", "taylor", "sensitivity"] = "fisher"
+    ema: float = Field(0.9, ge=0, lt=1)
+    damping: float = Field(1e-2, ge=0)
+    relative: bool = True
+    newton: float = Field(0.0, ge=0, le=1)
+    factors: Literal["both", "b", "a"] = "b"
+    joint: bool = True
+    balance: bool = True
+    recover: bool = True
+
+
+class TuneSettings(Section):
+    """PrunedLoRA: an adapter of the rank and on the data of `recovery`, pruned to `target_rank` while it trains."""
+
+    target_rank: int = Field(ge=1)
+    every: int = Field(10, ge=1)
+    components: int | None = Field(None, ge=1)
+    scope: Literal["adapter", "global"] = "adapter"
+    floor: int = Field(1, ge=1)
+    warmup: float = Field(0.1, ge=0, lt=1)
+    cooldown: float = Field(0.3, ge=0, lt=1)
+    criterion: ComponentSettings = ComponentSettings()
+
+
 class EvaluationSettings(Section):
     """Texts to measure perplexity on; the papers use windows of 128, later work 2048."""
 
@@ -196,12 +223,13 @@ class EvaluationSettings(Section):
 
 
 class Recipe(Section):
-    """A whole job: model, method, budget, recovery, evaluation."""
+    """A whole job: model, method, budget, recovery, evaluation; or model, adapter and data, where `tune` is given."""
 
     model: ModelSettings
     method: MethodSettings = MethodSettings()
     prune: PruneSettings = PruneSettings()
     recovery: RecoverSettings | None = None
+    tune: TuneSettings | None = None
     evaluation: EvaluationSettings = EvaluationSettings()
     benchmark: bool = False
     seed: int = 42
@@ -209,7 +237,7 @@ class Recipe(Section):
     @property
     def recovers(self) -> bool:
         """Whether recovery is a stage of its own, after the cut."""
-        return self.recovery is not None and not self.method.trains
+        return self.recovery is not None and not self.method.trains and self.tune is None
 
     @model_validator(mode="after")
     def _data_to_train_on(self) -> Recipe:
@@ -218,8 +246,22 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapter_to_tune(self) -> Recipe:
+        if self.tune is None:
+            return self
+        if self.recovery is not None and self.recovery.rank <= self.tune.target_rank:
+            raise ValueError(
+                f"tune prunes an adapter of rank {self.recovery.rank} to rank {self.tune.target_rank}: start from a "
+                "larger one (--init-rank, recovery.rank)"
+            )
+        if self.prune != PruneSettings(calibration=self.prune.calibration) or self.method != MethodSettings():
+            raise ValueError("tune prunes an adapter and leaves the model whole: leave out method and prune")
+        return self
+
+    @model_validator(mode="after")
     def _packed_base(self) -> Recipe:
-        if self.method.name != "loraprune" and (self.model.quantize or self.prune.quantize_output):
+        floats = self.tune is None and self.method.name != "loraprune"
+        if floats and (self.model.quantize or self.prune.quantize_output):
             raise ValueError(
                 f"{self.method.name} cuts float weights: quantize and quantize_output are for methods that prune while "
                 "they train (loraprune); what was cut can be quantised as it is loaded (from_pretrained)"

@@ -1,6 +1,6 @@
 """Checkpoints: loaded from safetensors only, written whole or not at all, and read back to prove it."""
 
-from secateur.checkpoint.adapted import save_adapted
+from secateur.checkpoint.adapted import save_adapted, write_adapter
 from secateur.checkpoint.card import Form, checkpoint_form
 from secateur.checkpoint.folders import check_space, output_folder
 from secateur.checkpoint.lineage import WRITERS, carried_plan, cut_from, earlier
@@ -50,4 +50,5 @@ __all__ = [
     "weight_bytes",
     "write",
     "write_about",
+    "write_adapter",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 from secateur.plan import PruningPlan
 
 Step = Mapping[str, Any]
-STAGES = ("dense", "pruned", "quantised", "recovered")  # of perplexities, in their order
+STAGES = ("dense", "adapted", "pruned", "quantised", "recovered", "tuned")  # of perplexities, in their order
 # Entries of a plan's provenance that are told in words, or say nothing about the choice.
 TOLD = ("allocation", "model_sha256", "seed", "dtype", "device", "versions", "settings", "calibration", "method")
 CHOSEN_BY = ("budget", "kinds", "ranking")  # entries of an allocation, where there are no settings

@@ -1,4 +1,4 @@
-"""Save a model whose LoRA adapters are not merged: the base as a checkpoint, the adapters as PEFT folders inside it."""
+"""Save LoRA adapters that are not merged: with their base, which becomes a checkpoint around them, or alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from secateur.checkpoint.card import checkpoint_form
 from secateur.checkpoint.folders import output_folder
-from secateur.checkpoint.parity import check_same_logits, verify_reload
+from secateur.checkpoint.parity import check_same_logits, checked_difference, probed, verify_reload
 from secateur.checkpoint.saving import write, write_about
 from secateur.errors import CheckpointError
 from secateur.plan import PruningPlan
@@ -54,3 +54,22 @@ def save_adapted(
         again = AnyPeftModel.from_pretrained(base, str(place), adapter_name=name).eval()
         check_same_logits(model, again)
     return Path(output)
+
+
+def write_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> float:
+    """Fill an existing folder with the adapter `default` alone, and put it on the base again with PEFT.
+
+    The adapter is taken off the model for that.
+
+    Returns:
+        The largest difference of logits.
+
+    Raises:
+        ParityError: it is more than rounding.
+    """
+    from peft import PeftModel as AnyPeftModel
+
+    wanted = probed(model, tokenizer)
+    model.save_pretrained(str(folder), selected_adapters=["default"])
+    again = AnyPeftModel.from_pretrained(model.unload(), str(folder)).eval()
+    return checked_difference(wanted.logits, probed(again, tokenizer).logits)

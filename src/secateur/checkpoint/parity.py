@@ -94,7 +94,7 @@ def compared(folder: Path, wanted: Probed, dtype: str, device: str) -> Parity:
         logits = load_file(found)["logits"].to(wanted.logits.device)
     if logits.dtype != wanted.logits.dtype:
         raise ParityError(f"the checkpoint just written computes {logits.dtype}, not {wanted.logits.dtype}; removed")
-    difference = _checked_difference(wanted.logits, logits)
+    difference = checked_difference(wanted.logits, logits)
     before, after = _perplexity(wanted.logits, wanted.ids), _perplexity(logits, wanted.ids)
     return Parity(difference, before, after, wanted.ids.shape[1], wanted.text)
 
@@ -145,7 +145,7 @@ def check_same_logits(model: PreTrainedModel, again: PreTrainedModel) -> float:
         ParityError: it is more than rounding.
     """
     ids, _ = probe(model, None)
-    return _checked_difference(_logits(model, ids), _logits(again, ids))
+    return checked_difference(_logits(model, ids), _logits(again, ids))
 
 
 def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
@@ -154,7 +154,12 @@ def logit_difference(model: PreTrainedModel, other: PreTrainedModel) -> float:
     return float((_logits(other, ids) - _logits(model, ids)).abs().max())
 
 
-def _checked_difference(wanted: Tensor, logits: Tensor) -> float:
+def checked_difference(wanted: Tensor, logits: Tensor) -> float:
+    """The largest difference of logits.
+
+    Raises:
+        ParityError: it is more than rounding.
+    """
     difference = float((logits - wanted).abs().max())
     if not difference <= PARITY_TOLERANCE * max(1.0, float(wanted.abs().max())):
         raise ParityError(f"the checkpoint just written gives other logits (difference {difference:.2g}); removed")

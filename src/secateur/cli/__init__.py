@@ -8,6 +8,7 @@ import sys
 
 import typer
 
+from secateur.cli.adapters import tune
 from secateur.cli.analysis import analyze
 from secateur.cli.change import prune, recover
 from secateur.cli.common import out
@@ -36,6 +37,7 @@ app = typer.Typer(
 app.command()(groups)
 app.command()(prune)
 app.command()(recover)
+app.command()(tune)
 app.command()(analyze)
 app.command(name="eval")(eval_)
 app.command()(bench)

@@ -23,11 +23,21 @@ from secateur.cli.common import (
     recipe_of,
 )
 
+# What `prune` takes for an adapter, besides where it is and what to leave of it.
+ADAPTER_FLAGS = (
+    "calibration", "samples", "seq_len", "field", "text", "criterion", "ranking", "iterations", "seed", "dtype",
+    "device", "trust_remote_code",
+)  # fmt: skip
+
 
 def prune(
     model: Model,
     output: Output,
     sparsity: Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = None,
+    target_rank: Annotated[
+        int | None, typer.Option(help="MODEL is the folder of a LoRA adapter: the rank to leave it.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="For an adapter: its base, if not the one it names.")] = None,
     method: Annotated[
         str | None, typer.Option(help="llm-pruner; loraprune or lorashear, which prune while they train.")
     ] = None,
@@ -37,10 +47,16 @@ def prune(
         typer.Option(help="Kinds to prune instead of the mode's; KIND=SHARE removes that share of its units: "
                      "ffn_channel,kv_group=0.25"),
     ] = None,
-    criterion: Annotated[str | None, typer.Option(help="random, l1, l2, taylor-vector, -1, -2 or -mixed")] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(help="random, l1, l2, taylor-vector, -1, -2 or -mixed; for an adapter fisher, activation, "
+                     "magnitude, taylor or sensitivity."),
+    ] = None,
     reduction: Annotated[str | None, typer.Option(help="sum, mean, max, prod or first")] = None,
     ranking: Annotated[str | None, typer.Option(help="local or global")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Steps over which sparsity grows, scores refreshed.")] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Steps over which sparsity grows, scores refreshed; 8 for an adapter.")
+    ] = None,
     calibration: Annotated[str | None, typer.Option(help="Corpus name or text file.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens per calibration sequence.")] = None,
@@ -99,11 +115,15 @@ def prune(
     trust_remote_code: Trust = False,
     overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
-    """Remove a share of the parameters and write a smaller checkpoint."""
+    """Remove a share of the parameters and write a smaller checkpoint, or a smaller adapter (--target-rank)."""
+    flags = dict(locals())
     from secateur import pipeline
     from secateur.config import METHOD_OPTIONS
     from secateur.errors import RecipeError
 
+    if target_rank is not None or base is not None or (Path(model) / "adapter_config.json").is_file():
+        _prune_adapter(flags)
+        return
     if tier in ("gguf", "vllm"):
         raise RecipeError(f"--tier {tier}: prune first, then `secateur export {output} -o OUT --to {tier}`")
     trains = method in METHOD_OPTIONS
@@ -166,6 +186,30 @@ def prune(
         results = job(recipe, output, plan=plan, overwrite=overwrite)
     print_results(results)
     out.print(f"written to {output}")
+
+
+def _prune_adapter(given: dict[str, Any]) -> None:
+    """Prune an adapter with the flags that were given.
+
+    Raises:
+        RecipeError: no target rank, or flags for models only.
+        CheckpointError: it is no adapter.
+    """
+    from secateur.cli.adapters import prune_adapter
+    from secateur.errors import CheckpointError, RecipeError
+
+    folder = Path(given["model"])
+    if not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"--target-rank and --base are for adapters, and {folder} has no adapter_config.json")
+    if given["target_rank"] is None:
+        raise RecipeError(f"{folder} is an adapter: say which rank to leave it (--target-rank 16)")
+    options = {name: given.pop(name) for name in ADAPTER_FLAGS}
+    output, rank, base, overwrite = (given.pop(name) for name in ("output", "target_rank", "base", "overwrite"))
+    del given["model"]
+    if given.pop("uniform") is False:
+        given["per_layer"] = True
+    _no_use("an adapter", {name: value or None for name, value in given.items()})
+    prune_adapter(folder, output, rank, base, options, overwrite=overwrite)
 
 
 def _no_use(method: str, options: dict[str, Any]) -> None:

@@ -47,21 +47,13 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 def print_results(results: dict[str, Any]) -> None:
     """The table of a prune, recover or run command."""
-    from secateur.checkpoint.account import STAGES
-
     params = results["params"]
     if "dense" in params:
         share = f"{params['sparsity']:.2%} of all parameters removed"
         out.print(f"{params['dense']:,} -> {params['pruned']:,} parameters ({share})")
-    stages = [s for s in STAGES if any(s in p for p in results["perplexity"].values())]
     if packed := results.get("protocol", {}).get("quantised"):
         out.print(f"dense is the model as it was trained on, its linear modules packed by {packed}")
-    if stages:
-        table = Table("perplexity", "tokens", "length", *stages)
-        for name, p in results["perplexity"].items():
-            figures = [f"{p[s]:.3f}" if s in p else "" for s in stages]
-            table.add_row(name, str(p["tokens"]), str(p["seq_len"]), *figures)
-        out.print(table)
+    print_perplexity(results)
     if results.get("kinds"):
         print_kinds(results["kinds"])
     for family, reason in results.get("left_whole", {}).items():
@@ -79,6 +71,19 @@ def print_results(results: dict[str, Any]) -> None:
         rate = done["bytes_written"] / max(done["seconds"], 1e-9) / 1e6
         out.print(f"cut without loading the model: {done['bytes_written'] / 1e6:,.1f} MB written, {rate:,.0f} MB/s")
         out.print(f"checked: {done['check']}", soft_wrap=True)
+
+
+def print_perplexity(results: dict[str, Any]) -> None:
+    """A line for each text, nothing if there is none."""
+    from secateur.checkpoint.account import STAGES
+
+    stages = [s for s in STAGES if any(s in p for p in results["perplexity"].values())]
+    if stages:
+        table = Table("perplexity", "tokens", "length", *stages)
+        for name, p in results["perplexity"].items():
+            figures = [f"{p[s]:.3f}" if s in p else "" for s in stages]
+            table.add_row(name, str(p["tokens"]), str(p["seq_len"]), *figures)
+        out.print(table)
 
 
 def print_kinds(kinds: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from secateur.cli.adapters import print_adapter
 from secateur.cli.common import Overwrite, out, print_results
 
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with Secateur.")
@@ -25,7 +26,9 @@ def run(
     from secateur import pipeline
     from secateur.config import load_recipe
 
-    print_results(pipeline.run_recipe(load_recipe(recipe, overrides or []), output, resume=resume, overwrite=overwrite))
+    loaded = load_recipe(recipe, overrides or [])
+    results = pipeline.run_recipe(loaded, output, resume=resume, overwrite=overwrite)
+    (print_results if loaded.tune is None else print_adapter)(results)
     out.print(f"run folder: {output}")
 
 

@@ -172,26 +172,27 @@ class ComponentCriterion:
     balance: bool = True
     recover: bool = True
 
-    def observe(self, pair: Pair, state: State) -> None:
-        """Take one step's gradients into the averages that `state` keeps, [r] or [r, r] each."""
+    def observe(self, pair: Pair, state: State, past: float | None = None) -> None:
+        """Take one step's gradients into the averages that `state` keeps, [r] or [r, r] each.
+
+        Args:
+            past: weight of what is there, instead of `ema`.
+        """
+        past = self.ema if past is None else past
         if self.kind == "fisher":
             if self.factors != "a":
-                self._average(state, "b", pair.grad_b.T @ pair.grad_b)
+                _average(state, "b", pair.grad_b.T @ pair.grad_b, past)
             if self.factors != "b":
-                self._average(state, "a", pair.grad_a @ pair.grad_a.T)
+                _average(state, "a", pair.grad_a @ pair.grad_a.T, past)
         elif self.kind == "activation":
             assert pair.activations is not None
-            self._average(state, "b", pair.activations)
+            _average(state, "b", pair.activations, past)
         elif self.kind == "taylor":
-            self._average(state, "taylor", (pair.b * pair.grad_b).sum(0).abs())
+            _average(state, "taylor", (pair.b * pair.grad_b).sum(0).abs(), past)
         elif self.kind == "sensitivity":
             now = (pair.b * pair.grad_b).abs().mean(0) + (pair.a * pair.grad_a).abs().mean(1)
-            mean = AVERAGE * state["mean"] + (1 - AVERAGE) * now if "mean" in state else now
-            apart = (now - mean).abs()
-            state["uncertainty"] = (
-                AVERAGE * state["uncertainty"] + (1 - AVERAGE) * apart if "uncertainty" in state else apart
-            )
-            state["mean"] = mean
+            _average(state, "mean", now, AVERAGE)
+            _average(state, "uncertainty", (now - state["mean"]).abs(), AVERAGE)
 
     def verdict(self, pair: Pair, state: State, count: int, name: str) -> Verdict:
         """Which `count` components to remove, from the first to go.
@@ -211,9 +212,6 @@ class ComponentCriterion:
                 f"the scores of the components of {name} are not finite: lower the learning rate, or raise the damping"
             )
         return Verdict(order, problems if self.recover else (), self._gauge(pair))
-
-    def _average(self, state: State, key: str, now: Tensor) -> None:
-        state[key] = self.ema * state[key] + (1 - self.ema) * now if key in state else now
 
     def _gauge(self, pair: Pair) -> Tensor:
         return pair.gauge if self.balance else torch.ones_like(pair.gauge)
@@ -241,6 +239,10 @@ class ComponentCriterion:
         if self.kind == "taylor":
             return state["taylor"]
         return state["mean"] * state["uncertainty"]
+
+
+def _average(state: State, key: str, now: Tensor, past: float) -> None:
+    state[key] = past * state[key] + (1 - past) * now if key in state else now
 
 
 class Activations:

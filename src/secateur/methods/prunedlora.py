@@ -302,13 +302,7 @@ def prune_adapter(
         raise PlanError("the adapter is frozen, so it has no gradients: load it with is_trainable=True")
     history = [record(0, pruner.ranks)]
     for event in range(1, events + 1):
-        for average in pruner.averages.values():
-            average.clear()
-        for batch in batches:
-            for factor in factors:
-                factor.grad = None
-            _backward(model, batch)
-            pruner.observe()
+        _measure(model, batches, pruner, factors)
         if counts := settings.excess(pruner, event / events):
             cost = pruner.remove(counts)
             history.append(record(event, pruner.ranks, cost))
@@ -316,6 +310,23 @@ def prune_adapter(
         factor.grad = None
     pruner.activations.end()
     return history
+
+
+def _measure(model: Any, batches: Sequence[Tensor], pruner: Pruner, factors: Sequence[Tensor]) -> None:
+    """The averages over all batches, each of the same weight, and the mean gradients."""
+    means = [torch.zeros_like(factor) for factor in factors]
+    for average in pruner.averages.values():
+        average.clear()
+    for number, batch in enumerate(batches):
+        for factor in factors:
+            factor.grad = None
+        _backward(model, batch)
+        pruner.observe(number / (number + 1))
+        for mean, factor in zip(means, factors, strict=True):
+            if factor.grad is not None:
+                mean += factor.grad / len(batches)
+    for mean, factor in zip(means, factors, strict=True):
+        factor.grad = mean
 
 
 def _backward(model: Any, batch: Tensor) -> None:

@@ -8,18 +8,22 @@ from secateur.pipeline.recovering import prune_and_recover, recover_checkpoint
 from secateur.pipeline.results import PACKAGES, load_model, write_json
 from secateur.pipeline.shipping import export
 from secateur.pipeline.training import prune_while_training
+from secateur.pipeline.tuning import base_of_adapter, prune_trained_adapter, tune
 
 __all__ = [
     "PACKAGES",
     "analyze",
+    "base_of_adapter",
     "benchmark",
     "evaluate",
     "export",
     "load_model",
     "prune",
     "prune_and_recover",
+    "prune_trained_adapter",
     "prune_while_training",
     "recover_checkpoint",
     "run_recipe",
+    "tune",
     "write_json",
 ]

@@ -13,17 +13,25 @@ from secateur.pipeline.pruning import prune
 from secateur.pipeline.recovering import joined, recover_checkpoint
 from secateur.pipeline.results import Results, load_model, write_json
 from secateur.pipeline.training import prune_while_training
+from secateur.pipeline.tuning import tune
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
     """Run a recipe from start to end into a run folder: `pruned/`, `recovered/`, `recipe.yaml`, `results.json`.
 
-    With `resume`, stages whose folder is complete are not repeated, and training goes on from its last checkpoint.
+    A recipe with a `tune` section makes `adapter/` instead of the first two. With `resume`, stages whose folder is
+    complete are not repeated, and training goes on from its last checkpoint.
 
     Raises:
         SecateurError: for anything wrong with the input, or a run folder made by another recipe.
     """
     _open_run(recipe, output, resume, overwrite)
+    if recipe.tune is not None:
+        adapter = output / "adapter"
+        results = _finished(adapter) or tune(recipe, adapter, resume=resume)
+        results["command"] = "run"
+        write_json(output / "results.json", results)
+        return results
     pruned, recovered = output / "pruned", output / "recovered"
     if recipe.method.trains:
         results = _finished(pruned) or prune_while_training(recipe, pruned, resume=resume)

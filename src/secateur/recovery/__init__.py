@@ -2,16 +2,19 @@
 
 from secateur.recovery.lora import RecoveryResult, RecoverySettings, last_checkpoint, recover, train, with_adapters
 from secateur.recovery.picture import draw_mix, save_mix
+from secateur.recovery.rank_picture import draw_ranks, save_ranks
 from secateur.recovery.rounds import mix_record
 
 __all__ = [
     "RecoveryResult",
     "RecoverySettings",
     "draw_mix",
+    "draw_ranks",
     "last_checkpoint",
     "mix_record",
     "recover",
     "save_mix",
+    "save_ranks",
     "train",
     "with_adapters",
 ]

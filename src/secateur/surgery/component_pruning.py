@@ -48,11 +48,11 @@ class Pruner:
         """Components left of each module."""
         return {name: len(index) for name, index in self.present.items()}
 
-    def observe(self) -> None:
-        """Take the gradients that are there into the averages."""
+    def observe(self, past: float | None = None) -> None:
+        """Take the gradients that are there into the averages; `past` as for the criterion."""
         found = self.activations.taken()
         for name, state in self.averages.items():
-            self.criterion.observe(self._pair(name, found.get(name)), state)
+            self.criterion.observe(self._pair(name, found.get(name)), state, past)
 
     def cheapest(self, count: int, floor: int) -> dict[str, int]:
         """How many to remove from each module, so that `count` go where they cost least; each keeps `floor`."""
