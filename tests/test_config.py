@@ -18,6 +18,7 @@ def test_the_papers_models_are_all_there():
     llama = {f"llama-{size}b" for size in (7, 13, 30, 65)}
     names = {f"llm-pruner/{n}" for n in wanted} | {f"loraprune/{n}" for n in llama}
     names |= {f"lorashear/llama-7b-{ratio}" for ratio in (20, 50)}
+    names |= {f"prunedlora/llama-3-8b-r{rank}" for rank in (128, 256, 512)}
     assert names | {"demo"} == set(list_recipes())
     recipe = load_recipe("llm-pruner/llama-7b")
     assert recipe.prune.unit_sparsity == 0.25 and recipe.prune.protect_first == 4 and recipe.prune.protect_last == 2

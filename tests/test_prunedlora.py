@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -424,3 +427,153 @@ class TestRefusals:
 
 def test_exported():
     assert sc.PrunedLoRA is PrunedLoRA and sc.LoRAPrune is not None
+
+
+def test_recipes_and_the_method_have_the_same_defaults():
+    from secateur.config import ComponentSettings, TuneSettings
+
+    assert ComponentSettings().model_dump() == asdict(ComponentCriterion())
+    assert TuneSettings(target_rank=4).model_dump() == {
+        k: v for k, v in asdict(PrunedLoRASettings(4)).items() if k != "adapter"
+    }
+
+
+@pytest.fixture
+def told(tmp_path):
+    """Options of `secateur tune` on some text."""
+    from conftest import story
+
+    data = tmp_path / "data.txt"
+    data.write_text("\n".join(story(s) for s in range(12)))
+    return [
+        "--data", data, "--init-rank", "8", "--steps", "12", "--batch-size", "4", "--seq-len", "32",
+        "--learning-rate", "1e-3", "--every", "2",
+    ]  # fmt: skip
+
+
+def test_tune_and_prune_again_by_command(secateur, checkpoint_folder, text_file, told, tmp_path):
+    out = tmp_path / "out"
+    code, said, err = secateur("tune", checkpoint_folder, "-o", out, *told, "--target-rank", "3", "--text", text_file)
+    assert code == 0, err
+    assert "rank 8 -> 3" in said and not (tmp_path / "out.work").exists()
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"] == "tune" and set(results["ranks"].values()) == {3}
+    assert results["training"]["ranks"][0]["mean"] == 8 and results["training"]["ranks"][-1]["mean"] == 3
+    perplexity = results["perplexity"]["stories"]
+    assert perplexity["tuned"] < perplexity["dense"]
+    assert results["params"]["final"] * 8 == results["params"]["initial"] * 3
+    assert (out / "ranks.svg").read_text().startswith("<?xml")
+    base = sc.load(checkpoint_folder)
+    tuned = PeftModel.from_pretrained(base.model, out).eval()
+    value = sc.perplexity(tuned, base.tokenizer, sc.load_corpus(text_file), seq_len=128, batch_size=8).value
+    assert value == pytest.approx(perplexity["tuned"], rel=1e-5)
+
+    code, said, err = secateur(
+        "prune", out, "-o", tmp_path / "smaller", "--target-rank", "1", "--calibration", text_file, "--seq-len", "32",
+        "--text", text_file, "--iterations", "2",
+    )  # fmt: skip
+    assert code == 0, err
+    again = json.loads((tmp_path / "smaller" / "results.json").read_text())
+    stages = again["perplexity"]["stories"]
+    assert stages["adapted"] == pytest.approx(perplexity["tuned"], rel=1e-5) and "rank 3 -> 1" in said
+    assert stages["adapted"] < stages["pruned"] < stages["dense"]
+    assert json.loads((tmp_path / "smaller" / "adapter_config.json").read_text())["r"] == 1
+
+
+def test_a_killed_tune_goes_on(secateur, checkpoint_folder, told, tmp_path, monkeypatch):
+    more = [*told, "--target-rank", "2", "--save-every", "4", "--scope", "global"]
+    assert secateur("tune", checkpoint_folder, "-o", tmp_path / "whole", *more)[0] == 0
+
+    def killed(self, args, state, control, **_):
+        if state.global_step == 6:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrunedLoRA, "on_step_end", killed)
+        assert secateur("tune", checkpoint_folder, "-o", tmp_path / "out", *more)[0] == 130
+    assert not (tmp_path / "out").exists()
+    code, _, err = secateur("tune", checkpoint_folder, "-o", tmp_path / "out", *more, "--resume")
+    assert code == 0, err
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    ranks = [json.loads((tmp_path / f / "results.json").read_text())["training"]["ranks"] for f in ("out", "whole")]
+    assert ranks[0] == ranks[1]
+
+
+def test_a_recipe_that_tunes(checkpoint_folder, told, tmp_path):
+    from secateur.config import parse_recipe
+    from secateur.pipeline import run_recipe
+
+    recipe = parse_recipe(
+        {
+            "model": {"source": str(checkpoint_folder)},
+            "tune": {"target_rank": 2, "criterion": {"kind": "magnitude"}},
+            "recovery": {"data": [str(told[1])], "rank": 4, "steps": 4, "batch_size": 2, "seq_len": 32},
+        }
+    )
+    results = run_recipe(recipe, tmp_path / "run")
+    assert set(results["ranks"].values()) == {2} and (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    assert run_recipe(recipe, tmp_path / "run", resume=True)["ranks"] == results["ranks"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target-rank", "8"], "start from a larger one"),
+        (["--target-rank", "1", "--components", "1"], "bring rank 8 to 2 in 12 steps, not to 1"),
+        (["--target-rank", "2", "--criterion", "best"], "tune.criterion.kind"),
+        (["--target-rank", "2", "--method", "loraprune"], "tune knows prunedlora"),
+    ],
+)
+def test_wrong_words(secateur, checkpoint_folder, told, tmp_path, options, message):
+    code, _, err = secateur("tune", checkpoint_folder, "-o", tmp_path / "o", *told, *options)
+    assert code == 2 and message in err and not (tmp_path / "o").exists()
+
+
+def test_wrong_words_for_an_adapter(secateur, checkpoint_folder, text_file, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapted(make("llama"), rank=2).save_pretrained(adapter)
+    for options, message in (
+        ([], "say which rank to leave it"),
+        (["--target-rank", "1", "--sparsity", "0.2"], "an adapter has no use for --sparsity"),
+        (["--target-rank", "1", "--base", checkpoint_folder, "--calibration", text_file, "--seq-len", "16"], "not fit"),
+        (["--target-rank", "1", "--base", tmp_path / "no"], "no"),
+    ):
+        code, _, err = secateur("prune", adapter, "-o", tmp_path / "o", *options)
+        assert code == 2 and message in err and not (tmp_path / "o").exists()
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--target-rank", "1")
+    assert code == 2 and "has no adapter_config.json" in err
+
+
+DISTRIBUTED = """
+import sys
+import torch
+from datasets import Dataset
+sys.path.insert(0, sys.argv[1])
+from test_prunedlora import adapted, make, trained
+from secateur.methods.prunedlora import PrunedLoRA
+from secateur.importance.components import ComponentCriterion
+torch.manual_seed(0)
+pruning = PrunedLoRA(3, every=2, scope="global", criterion=ComponentCriterion(sys.argv[3]))
+trainer = trained(adapted(make("llama")), [pruning], sys.argv[2], ddp_backend="gloo", per_device_train_batch_size=2)
+assert torch.distributed.get_world_size() == 2
+ranks = pruning.finish()
+state = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+both = [torch.zeros_like(state) for _ in range(2)]
+torch.distributed.all_gather(both, state)
+assert torch.equal(*both), "processes differ"
+trainer.save_model(sys.argv[2] + "/adapter")
+"""
+
+
+@pytest.mark.parametrize("kind", ["fisher", "activation"])
+def test_two_processes_take_the_same_decisions(kind, tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(DISTRIBUTED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0",
+               "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), str(Path(__file__).parent),
+               str(tmp_path / "out"), kind]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] and config["r"] <= 8
