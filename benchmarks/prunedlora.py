@@ -8,7 +8,7 @@ the loss on examples that were held out (the last ones of the file). `lora`, `rs
 target rank (AdaLoRA starts at one and a half times of it, as in its paper), `lora-initial` at the initial rank;
 `after-*` prunes what `lora-initial` trains, without training again; all others prune while they train. Every row runs
 in a process of its own, so that its peak memory is its own; `state_bytes` is what the factors, their gradients and
-moments take, averaged over the steps. Rows that the output holds already, from the same protocol, are not repeated.
+moments take, `step_seconds` the median of the first and the last tenth of the steps. Rows that the output holds already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ CRITERIA = {
     "ours": OURS,
     "gradient": replace(OURS, ema=0.0),
     "both": replace(OURS, factors="both"),
+    "b": replace(OURS, factors="b"),
     "a": replace(OURS, factors="a"),
     "newton": replace(OURS, newton=0.1),
     "single": replace(OURS, joint=False),
@@ -66,10 +68,18 @@ METHODS = (
 
 
 class Size(TrainerCallback):  # type: ignore[misc]
-    """Bytes of trainable parameters, gradients and moments, averaged over steps; and AdaLoRA's own update."""
+    """Bytes of trainable parameters, gradients and moments, and seconds, of each step; and AdaLoRA's own update."""
 
     def __init__(self) -> None:
         self.bytes: list[int] = []
+        self.seconds: list[float] = []
+        self.begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds.append(time.perf_counter() - self.begin)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         self.bytes.append(sum(4 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
@@ -135,7 +145,9 @@ def row(method: str, target: int, seed: int, args: argparse.Namespace) -> dict[s
         prune_adapter(model, list(tokens.split(args.batch_size)), pruning, events=args.events)
     facts["loss"] = held_out_loss(model, source.tokenizer, held, args)
     facts["adapter_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    facts["state_bytes"] = sum(size.bytes) // len(size.bytes)
+    tenth = max(1, args.steps // 10)
+    facts["state_bytes"] = {"first": size.bytes[0], "mean": sum(size.bytes) // len(size.bytes), "last": size.bytes[-1]}
+    facts["step_seconds"] = {"first": median(size.seconds[:tenth]), "last": median(size.seconds[-tenth:])}
     return facts | peak_memory()
 
 

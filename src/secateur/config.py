@@ -192,7 +192,7 @@ class ComponentSettings(Section):
     damping: float = Field(1e-2, ge=0)
     relative: bool = True
     newton: float = Field(0.0, ge=0, le=1)
-    factors: Literal["both", "b", "a"] = "b"
+    factors: Literal["cheaper", "both", "b", "a"] = "cheaper"
     joint: bool = True
     balance: bool = True
     recover: bool = True

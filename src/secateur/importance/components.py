@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 Kind = Literal["fisher", "activation", "magnitude", "taylor", "sensitivity"]
-Factors = Literal["both", "b", "a"]
+Factors = Literal["cheaper", "both", "b", "a"]
 State = dict[str, Tensor]
 TINY = 1e-30  # on the diagonal of a curvature that may be zero
 AVERAGE = 0.85  # of AdaLoRA's sensitivity and its uncertainty (beta_1, beta_2)
@@ -156,7 +156,8 @@ class ComponentCriterion:
         damping: added to the diagonal of H.
         relative: damping is a share of the mean diagonal.
         newton: factor on the gradient; 1 in PrunedLoRA's code.
-        factors: which factors are scored and changed; `both` in PrunedLoRA's code.
+        factors: which factors are scored and changed: `both` in PrunedLoRA's code; `cheaper` is, module by module, the
+            one in whose terms less is lost.
         joint: choose greedily, each component given those before; or by single scores.
         balance: score in the gauge in which both factors of a component have the same norm.
         recover: change what stays.
@@ -167,7 +168,7 @@ class ComponentCriterion:
     damping: float = 1e-2
     relative: bool = True
     newton: float = 0.0
-    factors: Factors = "b"
+    factors: Factors = "cheaper"
     joint: bool = True
     balance: bool = True
     recover: bool = True
@@ -201,17 +202,26 @@ class ComponentCriterion:
             NonFiniteError: a score is NaN or infinite; names the module.
         """
         problems = self._problems(pair, state) if self.kind in ("fisher", "activation") else ()
-        if problems and self.joint:
-            order = greedy([problem for _, problem in problems], count)
+        if not problems:
+            order = _lowest(self._simple(pair, state), count)
+        elif self.factors == "cheaper":
+            orders = [(self._order([problem], count), (factor, problem)) for factor, problem in problems]
+            order, cheaper = min(orders, key=lambda found: sum(cost for _, cost in found[0]))
+            problems = (cheaper,)
         else:
-            scores = torch.stack([p.scores() for _, p in problems]).sum(0) if problems else self._simple(pair, state)
-            values, index = scores.sort(stable=True)
-            order = list(zip(index[:count].tolist(), values[:count].tolist(), strict=True))
+            order = self._order([problem for _, problem in problems], count)
         if not torch.isfinite(torch.tensor([cost for _, cost in order])).all():
             raise NonFiniteError(
                 f"the scores of the components of {name} are not finite: lower the learning rate, or raise the damping"
             )
         return Verdict(order, problems if self.recover else (), self._gauge(pair))
+
+    def _order(self, problems: Sequence[Quadratic], count: int) -> list[tuple[int, float]]:
+        return (
+            greedy(problems, count)
+            if self.joint
+            else _lowest(torch.stack([p.scores() for p in problems]).sum(0), count)
+        )
 
     def _gauge(self, pair: Pair) -> Tensor:
         return pair.gauge if self.balance else torch.ones_like(pair.gauge)
@@ -239,6 +249,12 @@ class ComponentCriterion:
         if self.kind == "taylor":
             return state["taylor"]
         return state["mean"] * state["uncertainty"]
+
+
+def _lowest(scores: Tensor, count: int) -> list[tuple[int, float]]:
+    """Components by their single scores, from the lowest."""
+    values, index = scores.sort(stable=True)
+    return list(zip(index[:count].tolist(), values[:count].tolist(), strict=True))
 
 
 def _average(state: State, key: str, now: Tensor, past: float) -> None:
