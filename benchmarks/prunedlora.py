@@ -8,7 +8,8 @@ the loss on examples that were held out (the last ones of the file). `lora`, `rs
 target rank (AdaLoRA starts at one and a half times of it, as in its paper), `lora-initial` at the initial rank;
 `after-*` prunes what `lora-initial` trains, without training again; all others prune while they train. Every row runs
 in a process of its own, so that its peak memory is its own; `state_bytes` is what the factors, their gradients and
-moments take, `step_seconds` the median of the first and the last tenth of the steps. Rows that the output holds already, from the same protocol, are not repeated.
+moments take, `step_seconds` the median of the first and of the last tenth of the steps. Rows that the output holds
+already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations

@@ -338,12 +338,26 @@ def test_only_the_named_adapter_of_two(tmp_path):
     assert all(torch.equal(p, kept[n]) for n, p in model.named_parameters() if n in kept)
 
 
-def test_an_adapter_pruned_after_training():
-    model = adapted(make("llama").double())
+@pytest.mark.parametrize("options", [PLAIN, DORA])
+def test_an_adapter_pruned_after_training(options):
+    model = adapted(make("llama").double(), **options).eval()
     ids = probe_ids(model)
     history = prune_adapter(model, [ids, ids.flip(1)], PrunedLoRASettings(3, scope="global"), events=3)
     assert [row["mean"] for row in history][-1] == pytest.approx(3) and len(history) == 4
     assert sum(Components(model).ranks.values()) == 3 * len(Components(model).ranks)
+
+
+def test_training_that_stopped_early_goes_on(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop = state.global_step == 4
+
+    pruning = PrunedLoRA(2, every=2, criterion=ComponentCriterion("activation"))
+    model = adapted(make("llama"))
+    trained(model, [pruning, Stop()], tmp_path / "first")
+    assert 2 < pruning.history[-1]["mean"] < 8
+    trained(model, [pruning], tmp_path / "second")
+    assert set(pruning.finish().values()) == {2}
 
 
 class TestRefusals:

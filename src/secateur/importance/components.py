@@ -217,11 +217,9 @@ class ComponentCriterion:
         return Verdict(order, problems if self.recover else (), self._gauge(pair))
 
     def _order(self, problems: Sequence[Quadratic], count: int) -> list[tuple[int, float]]:
-        return (
-            greedy(problems, count)
-            if self.joint
-            else _lowest(torch.stack([p.scores() for p in problems]).sum(0), count)
-        )
+        if self.joint:
+            return greedy(problems, count)
+        return _lowest(torch.stack([p.scores() for p in problems]).sum(0), count)
 
     def _gauge(self, pair: Pair) -> Tensor:
         return pair.gauge if self.balance else torch.ones_like(pair.gauge)
@@ -273,7 +271,8 @@ class Activations:
         self._hooks: list[RemovableHandle] = []
 
     def begin(self, modules: Mapping[str, nn.Module]) -> None:
-        """Collect what these modules, the A of each module with an adapter, put out."""
+        """Collect what these modules, the A of each module with an adapter, put out; nothing else from now on."""
+        self.end()
         for name, module in modules.items():
 
             def collect(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:

@@ -20,7 +20,7 @@ training components are set to zero with their moments, and leave when training 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,35 +82,31 @@ class PrunedLoRASettings:
             raise BudgetError(f"components={self.components}: at least 1 must go each time; leave it out for a curve")
         cubic(0, 1, 0.0, warmup=self.warmup, cooldown=self.cooldown)  # checks the shares
 
-    def share(self, step: int, steps: int) -> float:
-        """Part of all that must go which is gone after `step` of `steps` on the cubic curve."""
-        return 2 * cubic(step, steps, 0.5, warmup=self.warmup, cooldown=self.cooldown)
-
     def due(self, step: int, steps: int) -> bool:
         """Whether components may go at this step; on the curve at any after its end, should a removal have failed."""
         return step % self.every == 0 or (self.components is None and step >= steps * (1 - self.cooldown))
 
     def wanted(self, pruner: Pruner, step: int, steps: int) -> dict[str, int]:
-        """How many components to remove from each module at `step` of `steps`."""
+        """How many components to remove from each module, for the schedule to be met after `step` of `steps`."""
         if self.components is None:
-            return self.excess(pruner, self.share(step, steps))
+            share = 2 * cubic(step, steps, 0.5, warmup=self.warmup, cooldown=self.cooldown)
+            return self.excess(pruner, _part(share))
+        each = self.components * (step // self.every)
+        return self.excess(pruner, lambda excess, width: min(each * width, excess))
+
+    def excess(self, pruner: Pruner, gone: Callable[[int, int], int]) -> dict[str, int]:
+        """How many components to remove from each module.
+
+        Args:
+            gone: how many must be gone by now, from how many must go in the end and the number of modules they are of.
+        """
+        now, first = pruner.ranks, pruner.initial
         if self.scope == "global":
-            count = min(self.components * len(pruner.ranks), sum(pruner.ranks.values()) - self._total(pruner.ranks))
-            return pruner.cheapest(max(0, count), self.floor)
-        return {n: min(self.components, r - self.target_rank) for n, r in pruner.ranks.items() if r > self.target_rank}
-
-    def excess(self, pruner: Pruner, share: float) -> dict[str, int]:
-        """How many components to remove from each module, so that this part of all that must go is gone."""
-
-        def goal(initial: int, target: int) -> int:
-            return initial - round(share * max(0, initial - target))
-
-        now = pruner.ranks
-        if self.scope == "global":
-            count = sum(now.values()) - goal(sum(pruner.initial.values()), self._total(now))
-            return pruner.cheapest(count, self.floor)
-        goals = {n: goal(r, self.target_rank) for n, r in pruner.initial.items()}
-        return {n: r - goals[n] for n, r in now.items() if r > goals[n]}
+            total = sum(first.values())
+            left = total - gone(max(0, total - self._total(now)), len(now))
+            return pruner.cheapest(sum(now.values()) - left, self.floor)
+        left_of = {name: rank - gone(max(0, rank - self.target_rank), 1) for name, rank in first.items()}
+        return {name: rank - left_of[name] for name, rank in now.items() if rank > left_of[name]}
 
     def reached(self, ranks: Mapping[str, int]) -> bool:
         """Whether the target is."""
@@ -137,6 +133,11 @@ class PrunedLoRASettings:
     def _total(self, ranks: Mapping[str, int]) -> int:
         """Components in the end, with a global budget."""
         return self.target_rank * len(ranks)
+
+
+def _part(share: float) -> Callable[[int, int], int]:
+    """This share of what must go, whatever the number of modules."""
+    return lambda excess, width: round(share * excess)
 
 
 def record(step: int, ranks: Mapping[str, int], cost: float = 0.0) -> dict[str, Any]:
@@ -193,6 +194,7 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
         if self.pruner.parts.model is not model:
             raise PlanError("this PrunedLoRA was prepared for another model; make a new one for this training")
         self.pruner.compact = args.world_size == 1
+        self.pruner.begin()
         self.settings.check_reach(self.pruner.initial, state.max_steps)
 
     def on_pre_optimizer_step(
@@ -220,7 +222,7 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         assert self.pruner is not None
         self.pruner.settle(optimizer)
-        self.pruner.activations.end()
+        self.pruner.end()
 
     @property
     def reached(self) -> bool:
@@ -300,15 +302,16 @@ def prune_adapter(
     factors = [f for n in pruner.initial for f in (pruner.parts.up(n), pruner.parts.down(n))]
     if not all(f.requires_grad for f in factors):
         raise PlanError("the adapter is frozen, so it has no gradients: load it with is_trainable=True")
+    pruner.begin()
     history = [record(0, pruner.ranks)]
     for event in range(1, events + 1):
         _measure(model, batches, pruner, factors)
-        if counts := settings.excess(pruner, event / events):
+        if counts := settings.excess(pruner, _part(event / events)):
             cost = pruner.remove(counts)
             history.append(record(event, pruner.ranks, cost))
     for factor in factors:
         factor.grad = None
-    pruner.activations.end()
+    pruner.end()
     return history
 
 

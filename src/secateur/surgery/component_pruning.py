@@ -40,13 +40,25 @@ class Pruner:
         self.averages: dict[str, State] = {name: {} for name in self.initial}
         self.compact = True
         self.activations = Activations()
-        if self.criterion.kind == "activation":
-            self.activations.begin({n: layer.lora_A[self.parts.adapter] for n, layer in self.parts.layers.items()})
 
     @property
     def ranks(self) -> dict[str, int]:
         """Components left of each module."""
         return {name: len(index) for name, index in self.present.items()}
+
+    def begin(self) -> None:
+        """Look at activations, if the criterion needs them, until `end`; DoRA must not remember B A meanwhile."""
+        layers = self.parts.layers
+        if self.criterion.kind == "activation":
+            self.activations.begin({name: layer.lora_A[self.parts.adapter] for name, layer in layers.items()})
+        for layer in layers.values():
+            layer.lora_magnitude_vector.train()
+
+    def end(self) -> None:
+        """Stop looking."""
+        self.activations.end()
+        for layer in self.parts.layers.values():
+            layer.lora_magnitude_vector.train(layer.training)
 
     def observe(self, past: float | None = None) -> None:
         """Take the gradients that are there into the averages; `past` as for the criterion."""

@@ -173,7 +173,8 @@ class Components:
         layer.lora_alpha[name] = _alpha(layer.scaling[name], rank, bool(layer.use_rslora[name]))
         if name in layer.lora_magnitude_vector:  # outside training DoRA remembers B A; entering it forgets
             magnitude = layer.lora_magnitude_vector[name]
-            magnitude.train().train(layer.training)
+            training = magnitude.training
+            magnitude.train().train(training)
 
     def _configure(self) -> None:
         """Write ranks and alphas into the adapter's configuration: the largest rank's as default, others by name."""
