@@ -33,12 +33,13 @@ from transformers import TrainerCallback, set_seed
 
 import secateur as sc
 from secateur.importance.components import ComponentCriterion
-from secateur.methods.prunedlora import PAPER, PrunedLoRA, PrunedLoRASettings, prune_adapter
+from secateur.methods.prunedlora import PAPER, PrunedLoRA, prune_adapter
 from secateur.pipeline import PACKAGES, write_json
 from secateur.pipeline.results import peak_memory
 from secateur.recovery import RecoverySettings, train
 from secateur.recovery.examples import training_examples
 from secateur.recovery.targets import all_targets
+from secateur.surgery.rank_schedule import PrunedLoRASettings
 
 OURS = ComponentCriterion()
 TRAINED = ("lora", "rslora", "dora", "adalora", "lora-initial")

@@ -21,8 +21,9 @@ import secateur as sc
 from secateur.discovery.trace import probe_ids
 from secateur.errors import BudgetError, CheckpointError, NonFiniteError, PlanError
 from secateur.importance.components import ComponentCriterion, Pair, Quadratic, greedy
-from secateur.methods.prunedlora import PAPER, STATE, PrunedLoRA, PrunedLoRASettings, prune_adapter
+from secateur.methods.prunedlora import PAPER, STATE, PrunedLoRA, prune_adapter
 from secateur.surgery.component_pruning import Pruner
+from secateur.surgery.rank_schedule import PrunedLoRASettings
 from secateur.surgery.ranks import Components
 
 RIVALS = [ComponentCriterion(kind) for kind in ("magnitude", "taylor", "sensitivity", "activation")]

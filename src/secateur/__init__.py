@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from secateur.importance.components import ComponentCriterion
     from secateur.methods.loraprune import LoRAPrune
     from secateur.methods.lorashear import LoRAShear
-    from secateur.methods.prunedlora import PrunedLoRA, PrunedLoRASettings, prune_adapter
+    from secateur.methods.prunedlora import PrunedLoRA, prune_adapter
     from secateur.plan import PruningPlan
     from secateur.recovery import RecoverySettings, draw_mix, recover
     from secateur.surgery import mask, prove, slice
+    from secateur.surgery.rank_schedule import PrunedLoRASettings
 
 _HOME = {
     "Budget": "allocation",
@@ -47,7 +48,7 @@ _HOME = {
     "Magnitude": "importance",
     "Member": "groups",
     "PrunedLoRA": "methods.prunedlora",
-    "PrunedLoRASettings": "methods.prunedlora",
+    "PrunedLoRASettings": "surgery.rank_schedule",
     "PruningPlan": "plan",
     "Random": "importance",
     "RecoverySettings": "recovery",

@@ -18,10 +18,17 @@ from secateur.cli.common import (
     Seed,
     Text,
     Trust,
+    no_use,
     out,
     print_perplexity,
     recipe_of,
 )
+
+# What `prune` takes for an adapter.
+ADAPTER_FLAGS = (
+    "model", "output", "target_rank", "base", "calibration", "samples", "seq_len", "field", "text", "criterion",
+    "ranking", "iterations", "seed", "dtype", "device", "trust_remote_code", "overwrite",
+)  # fmt: skip
 
 
 def tune(
@@ -119,40 +126,47 @@ def tune(
     out.print(f"written to {output}")
 
 
-def prune_adapter(
-    folder: Path, output: Path, target_rank: int, base: str | None, options: dict[str, Any], *, overwrite: bool
-) -> None:
-    """Prune an adapter that is trained already: what `secateur prune` does with an adapter folder.
+def prune_adapter(given: dict[str, Any]) -> None:
+    """Prune an adapter that is trained already: what `secateur prune` does with its flags where it is given one.
 
-    Args:
-        options: flags of the verb that matter here, by name.
+    Raises:
+        CheckpointError: it is no adapter.
+        RecipeError: no target rank, or flags that are for models only.
     """
     from secateur import pipeline
+    from secateur.errors import CheckpointError, RecipeError
 
+    flags = {name: given.pop(name) for name in ADAPTER_FLAGS}
+    folder = Path(flags["model"])
+    if not (folder / "adapter_config.json").is_file():
+        raise CheckpointError(f"--target-rank and --base are for adapters, and {folder} has no adapter_config.json")
+    if flags["target_rank"] is None:
+        raise RecipeError(f"{folder} is an adapter: say which rank to leave it (--target-rank 16)")
+    per_layer = not given.pop("uniform")
+    no_use("an adapter", {name: value or None for name, value in {**given, "per_layer": per_layer}.items()})
     recipe = recipe_of(
-        base or pipeline.base_of_adapter(folder),
+        flags["base"] or pipeline.base_of_adapter(folder),
         {
-            "model": {name: options[name] for name in ("dtype", "device", "trust_remote_code")},
+            "model": {name: flags[name] for name in ("dtype", "device", "trust_remote_code")},
             "tune": {
-                "target_rank": target_rank,
-                "scope": {"local": "adapter"}.get(options["ranking"], options["ranking"]),
-                "criterion": {"kind": options["criterion"]},
+                "target_rank": flags["target_rank"],
+                "scope": {"local": "adapter"}.get(flags["ranking"], flags["ranking"]),
+                "criterion": {"kind": flags["criterion"]},
             },
             "prune": {
                 "calibration": {
-                    "source": options["calibration"],
-                    "samples": options["samples"],
-                    "seq_len": options["seq_len"],
-                    "field": options["field"],
+                    "source": flags["calibration"],
+                    "samples": flags["samples"],
+                    "seq_len": flags["seq_len"],
+                    "field": flags["field"],
                 }
             },
-            "evaluation": {"texts": options["text"]},
+            "evaluation": {"texts": flags["text"]},
         },
-        options["seed"],
+        flags["seed"],
     )
-    events = options["iterations"] or 8
-    results = pipeline.prune_trained_adapter(recipe, folder, output, events=events, overwrite=overwrite)
-    print_adapter(results)
+    output, events = flags["output"], flags["iterations"] or 8
+    print_adapter(pipeline.prune_trained_adapter(recipe, folder, output, events=events, overwrite=flags["overwrite"]))
     out.print(f"written to {output}")
 
 

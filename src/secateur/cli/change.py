@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from secateur.cli.adapters import prune_adapter
 from secateur.cli.common import (
     Device,
     Dtype,
@@ -18,16 +19,11 @@ from secateur.cli.common import (
     Seed,
     Text,
     Trust,
+    no_use,
     out,
     print_results,
     recipe_of,
 )
-
-# What `prune` takes for an adapter, besides where it is and what to leave of it.
-ADAPTER_FLAGS = (
-    "calibration", "samples", "seq_len", "field", "text", "criterion", "ranking", "iterations", "seed", "dtype",
-    "device", "trust_remote_code",
-)  # fmt: skip
 
 
 def prune(
@@ -122,7 +118,7 @@ def prune(
     from secateur.errors import RecipeError
 
     if target_rank is not None or base is not None or (Path(model) / "adapter_config.json").is_file():
-        _prune_adapter(flags)
+        prune_adapter(flags)
         return
     if tier in ("gguf", "vllm"):
         raise RecipeError(f"--tier {tier}: prune first, then `secateur export {output} -o OUT --to {tier}`")
@@ -148,13 +144,13 @@ def prune(
     if trains:
         assert method is not None
         unknown = {name: value for name, value in tuning.items() if name not in METHOD_OPTIONS[method]}
-        _no_use(method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
+        no_use(method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
         recovery: dict[str, Any] | None = {"data": data, "mix": mix, **training, **reading, **checkpointing}
     else:
-        _no_use(method or "llm-pruner", {**training, **tuning})
+        no_use(method or "llm-pruner", {**training, **tuning})
         scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
         recovers = bool(recover_steps) and not no_recover
-        _no_use(f"{method or 'llm-pruner'} without --recover-steps", {} if recovers else {"mix": mix})
+        no_use(f"{method or 'llm-pruner'} without --recover-steps", {} if recovers else {"mix": mix})
         recovery = {"data": data, "mix": mix, "steps": recover_steps} if recovers else None
     recipe = recipe_of(
         model,
@@ -186,44 +182,6 @@ def prune(
         results = job(recipe, output, plan=plan, overwrite=overwrite)
     print_results(results)
     out.print(f"written to {output}")
-
-
-def _prune_adapter(given: dict[str, Any]) -> None:
-    """Prune an adapter with the flags that were given.
-
-    Raises:
-        RecipeError: no target rank, or flags for models only.
-        CheckpointError: it is no adapter.
-    """
-    from secateur.cli.adapters import prune_adapter
-    from secateur.errors import CheckpointError, RecipeError
-
-    folder = Path(given["model"])
-    if not (folder / "adapter_config.json").is_file():
-        raise CheckpointError(f"--target-rank and --base are for adapters, and {folder} has no adapter_config.json")
-    if given["target_rank"] is None:
-        raise RecipeError(f"{folder} is an adapter: say which rank to leave it (--target-rank 16)")
-    options = {name: given.pop(name) for name in ADAPTER_FLAGS}
-    output, rank, base, overwrite = (given.pop(name) for name in ("output", "target_rank", "base", "overwrite"))
-    del given["model"]
-    if given.pop("uniform") is False:
-        given["per_layer"] = True
-    _no_use("an adapter", {name: value or None for name, value in given.items()})
-    prune_adapter(folder, output, rank, base, options, overwrite=overwrite)
-
-
-def _no_use(method: str, options: dict[str, Any]) -> None:
-    """Refuse options that the method has no use for.
-
-    Raises:
-        RecipeError: one was given.
-    """
-    from secateur.errors import RecipeError
-
-    given = [{"source": "calibration"}.get(name, name) for name, value in options.items() if value is not None]
-    if given:
-        named = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise RecipeError(f"{method} has no use for {named}; `secateur prune --help` says which option is for what")
 
 
 def _budget(sparsity: float | None, kinds: str | None, plan: Path | None) -> dict[str, Any]:

@@ -45,6 +45,20 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {k: _given(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 
+def no_use(method: str, options: dict[str, Any]) -> None:
+    """Refuse options that the method has no use for.
+
+    Raises:
+        RecipeError: one was given.
+    """
+    from secateur.errors import RecipeError
+
+    given = [{"source": "calibration"}.get(name, name) for name, value in options.items() if value is not None]
+    if given:
+        named = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise RecipeError(f"{method} has no use for {named}; `secateur prune --help` says which option is for what")
+
+
 def print_results(results: dict[str, Any]) -> None:
     """The table of a prune, recover or run command."""
     params = results["params"]

@@ -31,7 +31,8 @@ from secateur.recovery import last_checkpoint, mix_record, save_mix, save_ranks,
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from secateur.methods.prunedlora import PrunedLoRA, PrunedLoRASettings
+    from secateur.methods.prunedlora import PrunedLoRA
+    from secateur.surgery.rank_schedule import PrunedLoRASettings
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -133,7 +134,7 @@ def base_of_adapter(folder: Path) -> str:
 def _settings(settings: TuneSettings) -> PrunedLoRASettings:
     """What the method needs of a recipe's section."""
     from secateur.importance.components import ComponentCriterion
-    from secateur.methods.prunedlora import PrunedLoRASettings
+    from secateur.surgery.rank_schedule import PrunedLoRASettings
 
     criterion = ComponentCriterion(**settings.criterion.model_dump())
     return PrunedLoRASettings(**settings.model_dump(exclude={"criterion"}), criterion=criterion)

@@ -38,6 +38,7 @@ def draw_ranks(record: Mapping[str, Any]) -> Figure:
         _modules(charts[-1], record["final"])
     for axes in charts:
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 
