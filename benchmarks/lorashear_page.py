@@ -1,0 +1,60 @@
+"""The part of docs/results.md on LoRAShear."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+NAMES = {
+    "llm-pruner": "LLM-Pruner, static recovery",
+    "llm-pruner-dynamic": "LLM-Pruner, dynamic recovery",
+    "loraprune": "LoRAPrune, static",
+    "lorashear-linear": "LoRAShear, linear push, static",
+    "lorashear": "LoRAShear, static",
+    "lorashear-dynamic": "LoRAShear, dynamic",
+    "lorashear+knowledge": "LoRAShear, static, sensitive groups left whole",
+    "lorashear-dynamic+knowledge": "LoRAShear, dynamic, sensitive groups left whole",
+}
+Data = Mapping[str, Any]
+
+
+def compared(found: Iterable[Data]) -> list[str]:
+    """Perplexities by method on every source."""
+    lines: list[str] = []
+    for data in found:
+        p, sources = data["protocol"], list(data["dense"]["perplexity"])
+        lines += [
+            f"### {data['model']['name']} ({data['model']['parameters']:,} parameters), five sources",
+            "",
+            f"{p['steps']} steps of {p['batch_size']} x {p['seq_len']} tokens, rank {p['rank']}, learning rate "
+            f"{p['learning_rate']}, on up to {p['characters']:,} characters of each source, measured on "
+            f"{p['held_out']:,} others; units go between {p['warmup']:.0%} and {1 - p['cooldown']:.0%} of the run.",
+            "",
+            "| removed | method | seeds | " + " | ".join(sources) + " | mean | worst to dense |",
+            "| --- | --- | ---: |" + " ---: |" * (len(sources) + 2),
+            _line("", "dense", 1, data["dense"]["perplexity"], data["dense"]["mean"], 1.0),
+        ]
+        rows = data["rows"]
+        for sparsity in sorted({r["sparsity"] for r in rows}):
+            for method in NAMES:
+                mine = [r for r in rows if (r["sparsity"], r["method"]) == (sparsity, method)]
+                if mine:
+                    average = {s: statistics.mean(r["perplexity"][s] for r in mine) for s in sources}
+                    overall, worst = (statistics.mean(r[key] for r in mine) for key in ("mean", "worst_ratio"))
+                    removed = f"{statistics.mean(r['reached'] for r in mine):.2%}"
+                    lines.append(_line(removed, NAMES[method], len(mine), average, overall, worst))
+        lines.append("")
+    head = [
+        "## LoRAShear, and what recovers on what",
+        "",
+        "`benchmarks/lorashear.py`: every row trains on the same number of tokens. `mean` is the geometric mean over",
+        "sources, `worst to dense` the largest ratio of a source's perplexity to the dense model's; means over seeds.",
+        "",
+    ]
+    return [*head, *lines] if lines else []
+
+
+def _line(removed: str, name: str, seeds: int, values: Mapping[str, float], mean: float, worst: float) -> str:
+    figures = " | ".join(f"{value:.2f}" for value in values.values())
+    return f"| {removed} | {name} | {seeds} | {figures} | {mean:.2f} | {worst:.3f} |"
