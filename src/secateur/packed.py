@@ -84,12 +84,16 @@ def dense_weight(module: nn.Module) -> Tensor:
     if not packed_weights(module):
         return weight.detach()
     bias: Any = getattr(module, "bias", None)
-    columns = []
+    columns, rows = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    dense = torch.empty(rows, columns, device=weight.device)
     with torch.no_grad():
-        for units in torch.eye(int(module.in_features), device=weight.device).split(VECTORS):  # type: ignore[arg-type]
+        for first in range(0, columns, VECTORS):
+            count = min(VECTORS, columns - first)
+            units = torch.zeros(count, columns, device=weight.device)
+            units[:, first : first + count].fill_diagonal_(1)
             out = module(units).float()
-            columns.append(out if bias is None else out - bias.float())
-    return torch.cat(columns).T.contiguous()
+            dense[:, first : first + count] = (out if bias is None else out - bias.float()).T
+    return dense
 
 
 def ready_to_train(model: nn.Module) -> None:

@@ -170,6 +170,8 @@ def check_adapted(model: nn.Module, groups: Sequence[Group]) -> None:
     Raises:
         PlanError: one has none, or its adapters are of a kind whose product is not B A.
     """
+    if not any(hasattr(module, "get_delta_weight") for module in model.modules()):
+        raise PlanError("the model has no LoRA adapters: wrap it with peft's get_peft_model before it trains")
     for group in groups:
         layers = [layer for m in group.members if (layer := adapted_layer(model, m.parameter)) is not None]
         if not layers:

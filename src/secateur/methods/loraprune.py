@@ -23,13 +23,14 @@ queries it serves; compaction is ours.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from secateur.errors import PlanError
+from secateur.errors import BudgetError, PlanError
 from secateur.importance.lora_guided import LoraGuided, TrueGradients, Variant, check_adapted
+from secateur.packed import refuse_packed
 from secateur.recovery.gradual import GradualPruning, GradualSettings, budget_of, zeros
 from secateur.recovery.mixed_precision import loss_scale, unscaled
 from secateur.schedules import cubic
@@ -60,6 +61,15 @@ class LoRAPruneSettings(GradualSettings):
     cooldown: float = 0.1
     compact_every: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_of("variant", get_args(Variant))
+        if not 0 <= self.ema < 1 or self.frequency < 1 or (self.compact_every is not None and self.compact_every < 1):
+            raise BudgetError(
+                f"ema {self.ema}, frequency {self.frequency}, compact_every {self.compact_every}: expected an average "
+                "in [0, 1), and steps of at least 1"
+            )
+
 
 class LoRAPrune(GradualPruning):
     """Prunes the base of a `PeftModel` while any transformers or TRL trainer trains its LoRA adapters.
@@ -88,10 +98,13 @@ class LoRAPrune(GradualPruning):
         self.gradients = TrueGradients()
 
     def check(self, live: LiveModel, chosen: Any) -> None:
-        """Refuse adapters that cannot guide, and packed weights that would have to be compacted."""
+        """Refuse adapters that cannot guide, weights without gradients, and modules that cannot be compacted."""
+        check_adapted(live.base, chosen)
+        if self.settings.variant == "grad":
+            refuse_packed(live.base, "scored by their gradients", PlanError)
         if self.settings.compact_every:
             check_unpacked(live.base)
-        check_adapted(live.base, chosen)
+            live.check_compaction(chosen)
         self.average = zeros(live, tuple(g.name for g in chosen))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -105,6 +118,8 @@ class LoRAPrune(GradualPruning):
     ) -> None:
         if args.world_size > 1 and self.settings.compact_every:
             raise PlanError("compaction changes parameters under distributed training's feet: leave out compact_every")
+        if args.world_size > 1 and self.settings.variant == "grad":
+            raise PlanError("gradients of frozen weights are not shared among processes: take the variant lora")
         super().on_train_begin(args, state, control, model)
         assert self.live is not None
         if self.settings.variant == "grad":

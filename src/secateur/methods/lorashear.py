@@ -36,7 +36,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from secateur.errors import BudgetError, PlanError
 from secateur.importance.displacement import Displacement, displacement, producers, saliency
-from secateur.importance.lora_guided import adapted_layer, check_adapted
+from secateur.importance.lora_guided import check_adapted
 from secateur.packed import refuse_packed
 from secateur.plan import PruningPlan
 from secateur.recovery.gradual import GradualPruning, GradualSettings, budget_of
@@ -63,6 +63,10 @@ class LoRAShearSettings(GradualSettings):
     warmup: float = 0.1
     cooldown: float = 0.5
     epsilon: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.one_of("push", ("half-space", "linear"))
 
 
 class LoRAShear(GradualPruning):
@@ -99,11 +103,7 @@ class LoRAShear(GradualPruning):
         refuse_packed(live.base, "pushed to zero", PlanError)
         check_adapted(live.base, chosen)
         for group in chosen:
-            for member in producers(group):
-                layer: Any = adapted_layer(live.base, member.parameter)
-                if layer is not None and any(layer.lora_bias.values()):
-                    raise PlanError(f"the adapter of {member.parameter} has a bias (lora_bias), which is not pushed to "
-                                    "zero: train without it")  # fmt: skip
+            producers(group)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any

@@ -41,8 +41,6 @@ def recover_checkpoint(
     assert recipe.recovery is not None
     settings = recipe.recovery
     work = output.with_name(output.name + ".work")
-    if work.exists() and not resume:
-        shutil.rmtree(work)
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
@@ -56,6 +54,8 @@ def recover_checkpoint(
         clock.begin("evaluate_pruned")
         add_perplexity(results, "pruned", source, source.model, recipe.evaluation)
         clock.begin("recover")
+        if work.exists() and not resume:  # not before the input has been checked
+            shutil.rmtree(work)
         outcome = recover(
             source.model,
             needs_tokenizer(source),

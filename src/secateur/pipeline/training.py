@@ -43,8 +43,6 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
     """
     assert recipe.recovery is not None
     work = output.with_name(output.name + ".work")
-    if work.exists() and not resume:
-        shutil.rmtree(work)
     protects = protection(recipe.prune)
     pruning = method_of(recipe, protects.groups)
     with output_folder(output, overwrite=overwrite) as folder:
@@ -122,6 +120,8 @@ def _trained(
     started = last_checkpoint(work) if resume else None
     pruning.prepare(adapted, started)
     clock.begin("train")
+    if work.exists() and not resume:  # not before the input has been checked
+        shutil.rmtree(work)
     log, _ = train(
         adapted,
         needs_tokenizer(source),

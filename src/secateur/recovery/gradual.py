@@ -7,7 +7,7 @@ masks that are never lifted, a state in the Trainer's checkpoints to go on from,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -48,6 +48,18 @@ class GradualSettings:
     protect_first: int = 0
     protect_last: int = 0
     protect: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.one_of("ranking", ("local", "global"))
+
+    def one_of(self, name: str, choices: Sequence[str]) -> None:
+        """Make sure that a setting is one of its choices.
+
+        Raises:
+            BudgetError: it is not.
+        """
+        if (value := getattr(self, name)) not in choices:
+            raise BudgetError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
 
     @property
     def final(self) -> float:
@@ -120,6 +132,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
 
         Raises:
             PlanError: nothing can be pruned, or nothing of a kind asked for by name, or the method cannot prune it.
+            BudgetError: the budget is out of reach, or other settings contradict it.
         """
         live, s = LiveModel(model), self.settings
         kinds = s.kinds or live.groups.kinds_in_blocks()
@@ -128,8 +141,14 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         self.check(live, chosen)
         self.live, self.left_whole, self.can = live, refused, can
         self.candidates = tuple(g.name for g in chosen)
+        self._try(live)
         if checkpoint is not None:
             self._load(Path(checkpoint) / self._file)
+
+    def _try(self, live: LiveModel) -> None:
+        """Make a cut of the final size on paper: what is wrong with the budget is told before training, not after."""
+        live.check_cut(self.planned(self.settings.final, zeros(live, self.candidates), settle=True))
+        self.shares = {}
 
     def check(self, live: LiveModel, chosen: Any) -> None:
         """Refuse models that the method cannot prune; `chosen` are the groups.
@@ -148,6 +167,10 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
+        if args.load_best_model_at_end:
+            raise PlanError(
+                "load_best_model_at_end would put adapters of another sparsity into the pruned model: leave it out"
+            )
         if self.live is None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.prepare(model, checkpoint if state.global_step else None)
@@ -162,7 +185,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if folder.is_dir() and self.live is not None:
+        if folder.is_dir() and self.live is not None and state.is_world_process_zero:
             plans = {"removed": self.live.removed.to_json(), "plan": self.live.plan.to_json()}
             facts = {**plans, "history": json.dumps([self.history, self.shares])}
             save_file({n: t.contiguous() for n, t in self.tensors().items()}, folder / self._file, facts)
@@ -187,10 +210,11 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
     def save_adapter(self, folder: Path) -> None:
         """Write the cut adapter alone as a PEFT folder; it belongs to the base cut by the same plan, nothing merged."""
         assert self.live is not None
+        tensors = self.live.adapter()
         folder.mkdir(parents=True)
         (name,) = self.live.model.active_adapters
         self.live.model.peft_config[name].save_pretrained(str(folder))
-        save_file(self.live.adapter(), folder / "adapter_model.safetensors", {"format": "pt"})
+        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
     @property
     def sparsity(self) -> float:

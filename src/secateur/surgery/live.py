@@ -22,6 +22,7 @@ from secateur.discovery.reference import plain_logits
 from secateur.discovery.stand_ins import known_packed
 from secateur.discovery.trace import probe_ids
 from secateur.errors import PlanError
+from secateur.groups import Group, Groups
 from secateur.packed import dense_weight, packed_weights
 from secateur.plan import PruningPlan
 from secateur.surgery.adapters import PREFIX, is_adapted, unsupported
@@ -65,6 +66,7 @@ class LiveModel:
         self.blank = blank(self.base)
         _check_layout(self.base, self.blank)
         self.groups = discover(self.blank)
+        _check_mergeable(self.base, self.groups)
         self.built = self.groups
         self.masked = PruningPlan({}, {})
         self.removed = PruningPlan({}, {})
@@ -117,6 +119,23 @@ class LiveModel:
         self._masks = InputMasks(self.base, self.built)
         self._compare(before, self.logits(), f"{type(self.base).__name__} cut in place")
 
+    def check_cut(self, plan: PruningPlan) -> None:
+        """Make sure, without weights, that a class expresses a cut.
+
+        Raises:
+            PlanError: none does.
+        """
+        if plan.kept:
+            unloaded_cut(self.blank, self.groups, plan.kept, self.twin)
+
+    def check_compaction(self, groups: Sequence[Group]) -> None:
+        """Make sure that the modules of these groups can be cut in place.
+
+        Raises:
+            PlanError: they read their sizes from the configuration.
+        """
+        self._slots(tuple(sorted({g.family for g in groups})))
+
     def restore(self, removed: PruningPlan, plan: PruningPlan) -> None:
         """Bring an uncut model to where another run was: what it had removed for good, and its `plan`."""
         if removed.kept and not self.removed.kept:
@@ -150,7 +169,12 @@ class LiveModel:
         positions = self.built.kept_positions(self.masked.kept)
         found: dict[str, Tensor] = {}
         for name, tensor in get_peft_model_state_dict(self.model).items():
-            path, _, factor = name.removeprefix(PREFIX).partition(".lora_")
+            path, marked, factor = name.removeprefix(PREFIX).partition(".lora_")
+            if not marked:  # of the base, which peft saves along with some adapters
+                for dim, keep in positions.get(path.replace(".base_layer.", "."), {}).items():
+                    tensor = tensor.index_select(dim, torch.from_numpy(keep).to(tensor.device))
+                found[name] = tensor.detach().cpu().contiguous()
+                continue
             columns = input_dim(base_of(self.base.get_submodule(path)))
             for dim, keep in positions.get(f"{path}.weight", {}).items():
                 if (dim == columns) == factor.startswith("A"):
@@ -219,6 +243,22 @@ def _check_layout(base: PreTrainedModel, uncut: PreTrainedModel) -> None:
                 f"{path} is packed with rows and columns exchanged, so it cannot be pruned while it trains: load the "
                 "float checkpoint"
             )
+
+
+def _check_mergeable(base: PreTrainedModel, groups: Groups) -> None:
+    """Make sure that all adapters are products B A on weights of their own."""
+    for path, module in base.named_modules():
+        layer: Any = module
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        wrong = (
+            "lies on an embedding" if getattr(layer, "lora_embedding_A", None)
+            else "has a bias of its own (lora_bias)" if any(getattr(layer, "lora_bias", {}).values())
+            else "lies on a weight that is tied to the embedding" if f"{path}.weight" in groups.tied
+            else None
+        )  # fmt: skip
+        if wrong:
+            raise PlanError(f"the adapter of {path} {wrong}, which is not merged into a cut model: leave it out")
 
 
 def blank(model: PreTrainedModel) -> PreTrainedModel:
