@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from secateur.surgery.adapters import base_model, packed_base, unsupported
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ADAPTER = "adapter"
 
@@ -56,10 +57,17 @@ def save_adapted(
     return Path(output)
 
 
-def write_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None) -> float:
-    """Fill an existing folder with the adapter `default` alone, and put it on the base again with PEFT.
+def write_adapter(
+    model: PeftModel,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    load_base: Callable[[], PreTrainedModel] | None = None,
+) -> float:
+    """Fill an existing folder with the adapter `default` alone, and put it on a base with PEFT.
 
-    The adapter is taken off the model for that.
+    Args:
+        load_base: gives the base anew, as a packed one needs, whose kernels remember what ran before; if not given, the
+            adapter is taken off the model.
 
     Returns:
         The largest difference of logits.
@@ -71,5 +79,6 @@ def write_adapter(model: PeftModel, folder: Path, tokenizer: PreTrainedTokenizer
 
     wanted = probed(model, tokenizer)
     model.save_pretrained(str(folder), selected_adapters=["default"])
-    again = AnyPeftModel.from_pretrained(model.unload(), str(folder)).eval()
+    base = model.unload() if load_base is None else load_base()
+    again = AnyPeftModel.from_pretrained(base, str(folder)).eval()
     return checked_difference(wanted.logits, probed(again, tokenizer).logits)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.checkpoint import Checkpoint, output_folder, write_adapter
+from secateur.checkpoint import Checkpoint, output_folder, quantisation, write_adapter
 from secateur.config import Recipe, TuneSettings
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, CheckpointError, RecipeError, first_line
@@ -68,7 +68,7 @@ def tune(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool 
         add_perplexity(results, "tuned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")
-        _write(adapted, folder, source, results, clock)
+        _write(adapted, folder, source, recipe, results, clock)
     shutil.rmtree(work, ignore_errors=True)
     return results
 
@@ -112,7 +112,7 @@ def prune_trained_adapter(
         results["training"] = {"ranks": prune_adapter(adapted, batches, settings, events)}
         clock.begin("evaluate_pruned")
         add_perplexity(results, "pruned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
-        _write(adapted, folder, source, results, clock)
+        _write(adapted, folder, source, recipe, results, clock)
     return results
 
 
@@ -208,7 +208,9 @@ def _check_larger(adapted: PeftModel, settings: PrunedLoRASettings) -> None:
         )
 
 
-def _write(adapted: PeftModel, folder: Path, source: Checkpoint, results: Results, clock: Clock) -> None:
+def _write(
+    adapted: PeftModel, folder: Path, source: Checkpoint, recipe: Recipe, results: Results, clock: Clock
+) -> None:
     """The adapter, a picture of its ranks, and the results; the adapter is loaded again and compared."""
     from secateur.surgery.ranks import Components
 
@@ -216,7 +218,10 @@ def _write(adapted: PeftModel, folder: Path, source: Checkpoint, results: Result
     results["params"]["final"] = sum(parts.up(name).numel() + parts.down(name).numel() for name in parts.layers)
     results["ranks"] = parts.ranks
     clock.begin("write")
-    difference = write_adapter(adapted, folder, source.tokenizer)
+    packed = quantisation(source.model.config) is not None
+    difference = write_adapter(
+        adapted, folder, source.tokenizer, (lambda: load_model(recipe).model) if packed else None
+    )
     clock.end()
     results["parity"] = {"max_logit_difference": difference, "process": "same"}
     results["timing"], results["memory"] = clock.seconds, peak_memory()
