@@ -592,3 +592,11 @@ def test_two_processes_take_the_same_decisions(kind, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert config["rank_pattern"] and config["r"] <= 8
+
+
+def test_a_packed_base(secateur, checkpoint_folder, told, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    more = [*told, "--target-rank", "2", "--quantize", "8bit"]
+    code, said, err = secateur("tune", checkpoint_folder, "-o", tmp_path / "out", *more)
+    assert code == 0, err
+    assert "rank 8 -> 2" in said
