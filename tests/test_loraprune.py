@@ -393,3 +393,55 @@ def test_whole_job(secateur, checkpoint_folder, text_file, tmp_path):
     replayed = sc.slice(cut.model, PruningPlan.load(tmp_path / "out" / "plan.json"))
     assert replayed.num_parameters() == results["params"]["pruned"]
     assert load_corpus(data).sha256 == results["training"]["data"][0]["sha256"]
+
+
+@pytest.mark.parametrize(
+    "settings, adapter, words",
+    [
+        ({"sparsity": 0.97}, {}, "cannot be reached"),
+        ({"sparsity": 0.3, "protect_first": 1}, {}, "uniform"),
+        ({"sparsity": 0.3, "round_to": 1000}, {}, "cannot be reached"),
+        ({"sparsity": 0.3}, {"target_modules": ["embed_tokens", "up_proj", "down_proj", "o_proj"]}, "on an embedding"),
+        ({"sparsity": 0.3}, {"target_modules": ["lm_head", "up_proj", "down_proj", "o_proj"]}, "tied"),
+    ],
+)
+def test_what_cannot_end_well_is_refused_before_the_first_step(settings, adapter, words):
+    with pytest.raises((BudgetError, PlanError), match=words):
+        LoRAPrune(**settings).prepare(adapted(make("llama"), **adapter))
+
+
+def test_modules_that_cannot_be_compacted_are_refused_before_the_first_step():
+    with pytest.raises(PlanError, match="compact_every"):
+        LoRAPrune(0.2, compact_every=5).prepare(adapted(make("phi3")))
+
+
+def test_a_model_without_adapters_is_told_how_to_get_some():
+    with pytest.raises(PlanError, match="get_peft_model"):
+        LoRAPrune(0.3).prepare(make("llama"))
+
+
+def test_the_best_checkpoint_is_not_put_into_a_pruned_model(tmp_path):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4,
+            "save_steps": 4}  # fmt: skip
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", **best)
+    with pytest.raises(PlanError, match="load_best_model_at_end"):
+        LoRAPrune(0.3).on_train_begin(arguments, SimpleNamespace(global_step=0), None, model=adapted(make("llama")))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"variant": "best"}, {"frequency": 0}, {"ema": 2.0}, {"compact_every": 0}, {"ranking": "some"}]
+)
+def test_settings_are_checked(wrong):
+    (name,) = wrong
+    with pytest.raises(BudgetError, match=name):
+        LoRAPrune(0.3, **wrong)
+
+
+def test_the_adapter_is_saved_with_what_peft_saves_of_the_base(tmp_path):
+    pruning = LoRAPrune(0.2, frequency=2)
+    trained(adapted(make("mistral", tie_word_embeddings=False), target_modules=[
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"]), [pruning],
+        tmp_path / "run")  # fmt: skip
+    pruning.finish()
+    pruning.save_adapter(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
