@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.allocation import Budget
 from secateur.checkpoint import Checkpoint, output_folder, quantised_copy
 from secateur.config import Recipe
-from secateur.data import load_corpus
 from secateur.errors import BudgetError
-from secateur.pipeline.dense import dense_of
+from secateur.pipeline.adapting import train_adapters
 from secateur.pipeline.protecting import protection
 from secateur.pipeline.pruning import add_pruned, dense_results
-from secateur.pipeline.recovering import recovery_settings
 from secateur.pipeline.results import (
     Clock,
     Results,
     add_perplexity,
     load_model,
-    needs_tokenizer,
-    values,
     write_checked,
 )
 from secateur.plan import PruningPlan
-from secateur.recovery import last_checkpoint, mix_record, save_mix, train, with_adapters
+from secateur.recovery import save_mix
 
 if TYPE_CHECKING:
     from secateur.recovery.gradual import GradualPruning, GradualResult
@@ -111,35 +107,8 @@ def _trained(
     results: Results,
 ) -> GradualResult:
     """Train with the method's callback, and cut."""
-    assert recipe.recovery is not None
-    settings = replace(recovery_settings(recipe.recovery, recipe.seed), patience=0)  # it must reach its sparsity
-    dense = dense_of(recipe, source) if recipe.recovery.dense else None
-    corpora = [load_corpus(name, field=recipe.recovery.field) for name in recipe.recovery.data]
-    clock.begin("discover")
-    adapted = with_adapters(source.model, settings, experts=False)
-    started = last_checkpoint(work) if resume else None
-    pruning.prepare(adapted, started)
-    clock.begin("train")
-    if work.exists() and not resume:  # not before the input has been checked
-        shutil.rmtree(work)
-    log, _ = train(
-        adapted,
-        needs_tokenizer(source),
-        corpora,
-        settings,
-        work,
-        callbacks=[pruning],
-        evaluate=lambda model: values(source, model, recipe.evaluation),
-        dense=dense.load if dense else lambda: source.model,  # whose adapters do nothing yet
-        resume=resume,
-    )
+    train_adapters(source, recipe, pruning, work, resume, clock, results)
     clock.begin("cut")
     outcome = pruning.finish()
-    results["training"] = {
-        "settings": asdict(settings),
-        "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
-        "log": [entry for entry in log if "mix" not in entry],
-        **({"mix": mix} if (mix := mix_record(log, settings)) else {}),
-        "sparsity": pruning.history,
-    }
+    results["training"]["sparsity"] = pruning.history
     return outcome

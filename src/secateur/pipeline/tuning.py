@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,7 @@ from secateur.checkpoint import Checkpoint, output_folder, quantisation, write_a
 from secateur.config import Recipe, TuneSettings
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, CheckpointError, RecipeError, first_line
-from secateur.pipeline.dense import dense_of
-from secateur.pipeline.recovering import recovery_settings
+from secateur.pipeline.adapting import train_adapters
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -23,10 +22,9 @@ from secateur.pipeline.results import (
     load_model,
     needs_tokenizer,
     peak_memory,
-    values,
     write_json,
 )
-from secateur.recovery import last_checkpoint, mix_record, save_mix, save_ranks, train, with_adapters
+from secateur.recovery import save_mix, save_ranks
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,8 +49,6 @@ def tune(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool 
     if recipe.recovery is None:
         raise RecipeError("tune trains an adapter: give a recovery section (data, rank to start from, steps, ...)")
     work = output.with_name(output.name + ".work")
-    if work.exists() and not resume:
-        shutil.rmtree(work)
     settings = _settings(recipe.tune)
     pruning = PrunedLoRA(**{name: getattr(settings, name) for name in settings.__dataclass_fields__})
     with output_folder(output, overwrite=overwrite) as folder:
@@ -144,33 +140,10 @@ def _trained(
     source: Checkpoint, recipe: Recipe, pruning: PrunedLoRA, work: Path, resume: bool, clock: Clock, results: Results
 ) -> PeftModel:
     """Train and prune; what was done goes into the results."""
-    assert recipe.recovery is not None
-    settings = replace(recovery_settings(recipe.recovery, recipe.seed), patience=0)  # it must reach its rank
-    corpora = [load_corpus(name, field=recipe.recovery.field) for name in recipe.recovery.data]
-    dense = dense_of(recipe, source) if recipe.recovery.dense else None
-    adapted = with_adapters(source.model, settings, experts=False)
-    results["params"] = {"initial": adapted.num_parameters(only_trainable=True)}
-    pruning.prepare(adapted, last_checkpoint(work) if resume else None)
-    clock.begin("train")
-    log, _ = train(
-        adapted,
-        needs_tokenizer(source),
-        corpora,
-        settings,
-        work,
-        callbacks=[pruning],
-        evaluate=lambda model: values(source, model, recipe.evaluation),
-        dense=dense.load if dense else lambda: source.model,  # whose adapter does nothing yet
-        resume=resume,
-    )
+    adapted = train_adapters(source, recipe, pruning, work, resume, clock, results)
     pruning.finish()
-    results["training"] = {
-        "settings": asdict(settings),
-        "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
-        "log": [entry for entry in log if "mix" not in entry],
-        **({"mix": mix} if (mix := mix_record(log, settings)) else {}),
-        "ranks": pruning.history,
-    }
+    results["params"] = {"initial": results["training"]["initial_parameters"]}
+    results["training"]["ranks"] = pruning.history
     adapted.config.use_cache = True  # which training switched off
     return adapted
 
