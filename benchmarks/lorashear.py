@@ -6,16 +6,15 @@
 Of every source a part is set aside and never trained on; perplexities are measured on it, for the dense model first.
 Every row trains adapters for the same number of steps of the same size:
 
-    llm-pruner          first-order Taylor cut, then recovery on all sources pooled (static)
-    loraprune           prunes while it trains, static
-    lorashear           half-space steps in periods, static
-    lorashear-dynamic   the same with the dynamic mix
-    lorashear-linear    the straight line instead of the half-space step, static
-    llm-pruner-dynamic  what the dynamic mix brings without LHSPG
+    llm-pruner  first-order Taylor cut, then recovery on all sources pooled (static)
+    loraprune   prunes while it trains, static
+    lorashear   half-space steps in periods, static
 
-A name with `+knowledge` leaves the groups whole that an analysis of the dense model finds most sensitive; layers differ
-in width then. `mean` is the geometric mean over sources, `worst` the source whose perplexity is the largest multiple of
-the dense one. Rows that the output holds already, from the same protocol, are not repeated.
+A name with `-dynamic` trains on the dynamic mix; one with `+knowledge` leaves the groups whole that an analysis of the
+dense model finds most sensitive, and layers differ in width then. Settings of the method or of the recovery may follow
+after a colon: `lorashear-dynamic:push=linear,balance=0.5`.
+`mean` is the geometric mean over sources, `worst` the source whose perplexity is the largest multiple of the dense one.
+Rows that the output holds already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ import hashlib
 import math
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from resumed import measured
 
 import secateur as sc
@@ -43,8 +43,9 @@ from secateur.pipeline import PACKAGES
 from secateur.recovery import RecoverySettings, train, with_adapters
 from secateur.recovery.gradual import GradualPruning
 
-METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear-linear")
-KNOWLEDGE = "+knowledge"
+METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear:push=linear")
+KNOWLEDGE, DYNAMIC = "+knowledge", "-dynamic"
+OF_THE_RECOVERY = {field.name for field in fields(RecoverySettings)}
 
 
 def split(name: str, file: str, characters: int, held_out: int) -> tuple[Corpus, Corpus]:
@@ -63,31 +64,44 @@ def split(name: str, file: str, characters: int, held_out: int) -> tuple[Corpus,
     return part(text[:at]), part(text[at:])
 
 
-def settings_of(args: argparse.Namespace, seed: int, mix: str) -> RecoverySettings:
-    return RecoverySettings(
+def settings_of(args: argparse.Namespace, seed: int, given: dict[str, Any]) -> RecoverySettings:
+    common = RecoverySettings(
         rank=args.rank, alpha=2 * args.rank, dropout=0.0, learning_rate=args.learning_rate, steps=args.steps,
         batch_size=args.batch_size, micro_batch_size=args.batch_size, seq_len=args.seq_len, warmup_steps=10,
-        save_every=10**9, mix=mix, patience=0, seed=seed,
+        save_every=10**9, patience=0, seed=seed,
     )  # fmt: skip
+    return replace(common, **given)
 
 
-def while_training(method: str, sparsity: float, args: argparse.Namespace, protect: tuple[str, ...]) -> GradualPruning:
+def while_training(
+    method: str, sparsity: float, args: argparse.Namespace, protect: tuple[str, ...], given: dict[str, Any]
+) -> GradualPruning:
     common: dict[str, Any] = {
         "warmup": args.warmup, "cooldown": args.cooldown, "protect": protect, "uniform": not protect,
     }  # fmt: skip
     if method == "loraprune":
-        return sc.LoRAPrune(sparsity, frequency=args.frequency, **common)
-    push = "linear" if method == "lorashear-linear" else "half-space"
-    return sc.LoRAShear(sparsity, push=push, periods=args.periods, **common)
+        return sc.LoRAPrune(sparsity, **{"frequency": args.frequency, **common, **given})
+    return sc.LoRAShear(sparsity, **{"periods": args.periods, **common, **given})
+
+
+def parsed(method: str) -> tuple[str, bool, bool, dict[str, Any], dict[str, Any]]:
+    """A method's name, whether its mix is dynamic, whether it knows, its settings and those of the recovery."""
+    name, _, rest = method.partition(":")
+    options = dict(option.split("=", 1) for option in rest.split(",") if option)
+    given = {key: yaml.safe_load(value.replace(";", ",")) for key, value in options.items()}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    name, knows, _ = name.partition(KNOWLEDGE)
+    recovery = {key: value for key, value in given.items() if key in OF_THE_RECOVERY}
+    pruning = {key: value for key, value in given.items() if key not in recovery}
+    return name.removesuffix(DYNAMIC), name.endswith(DYNAMIC), bool(knows), pruning, recovery
 
 
 def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     """One method at one sparsity from one seed."""
     args, begin = case.args, time.perf_counter()
-    name, mark, _ = method.partition(KNOWLEDGE)
-    mix = "dynamic" if name.endswith("-dynamic") else "proportional"
-    name, protect = name.removesuffix("-dynamic"), case.protect if mark else ()
-    model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, mix)
+    name, dynamic, knows, pruning_given, recovery_given = parsed(method)
+    mix, protect = "dynamic" if dynamic else "proportional", case.protect if knows else ()
+    model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **recovery_given})
     with tempfile.TemporaryDirectory() as folder:
         if name == "llm-pruner":
             tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, args.samples, args.seq_len, seed)
@@ -98,7 +112,7 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
             ).model
         else:
             adapted = with_adapters(model, settings, experts=False)
-            pruning = while_training(name, sparsity, args, protect)
+            pruning = while_training(name, sparsity, args, protect, pruning_given)
             train(
                 adapted, case.source.tokenizer, case.train, settings, Path(folder), callbacks=[pruning],
                 dense=lambda: case.source.model,

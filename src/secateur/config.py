@@ -57,6 +57,8 @@ class MethodSettings(Section):
     cooldown: float | None = Field(None, ge=0, lt=1)
     compact_every: int | None = Field(None, ge=1)
     push: Literal["half-space", "linear"] | None = None
+    proxies: tuple[Literal["magnitude", "cosine", "first", "second"], ...] | None = Field(None, min_length=1)
+    merge: bool | None = None
     periods: int | None = Field(None, ge=1)
     epsilon: float | None = Field(None, ge=0, lt=1)
 
@@ -82,7 +84,7 @@ class MethodSettings(Section):
 
 METHOD_OPTIONS: Mapping[str, Sequence[str]] = {
     "loraprune": ("variant", "normalise", "ema", "frequency", "initial", "warmup", "cooldown", "compact_every"),
-    "lorashear": ("push", "periods", "warmup", "cooldown", "epsilon"),
+    "lorashear": ("push", "proxies", "merge", "periods", "warmup", "cooldown", "epsilon"),
 }
 
 

@@ -74,8 +74,8 @@ def saliency(found: Mapping[str, Displacement], proxies: Sequence[str] = PROXIES
 
     `magnitude` is |x|; `cosine` 1 + cos(x, gamma B A), low where training pushes a unit to zero already; `first` is
     |<x, gamma B A>| and `second` half its square, the first terms of a Taylor series with the displacement in the
-    gradient's place. Each is divided by its Euclidean norm over all units, and their mean is taken, as in the sibling
-    code of the paper's authors; the paper itself only speaks of proxies.
+    gradient's place: alone they rank alike. Each is divided by its Euclidean norm over all units, and their mean is
+    taken, as in the sibling code of the paper's authors; the paper itself only speaks of proxies.
     """
     names, sizes = list(found), [len(d.squared) for d in found.values()]
     squared, along, moved = (

@@ -4,7 +4,7 @@
 | --- | --- |
 | G, minimally removal structures | `Group`, from the traced computation, but those that `protect` names |
 | [x]_g, frozen weights of a structure; A, B, gamma | `importance.displacement` |
-| saliency by prespecified proxies | `importance.displacement.saliency`, all four in equal parts |
+| saliency by prespecified proxies | `importance.displacement.saliency` of `proxies` |
 | T_w, P, T_p, K | `warmup` share of the run, `periods`, their length, the budget |
 | lambda_g | `_lambda`: adaptive, as in OTOv2's code (Chen et al. 2023, arXiv:2303.06862) |
 | epsilon of the half-space | `epsilon` |
@@ -15,8 +15,8 @@
 3. After every optimizer step of the period (t of T_p done), for redundant units:
    `half-space`: x~ = x + gamma B A - lambda x / |x|; zero where <x~, x> < epsilon |x|^2 (Eq. 2); B = 0.
    `linear`: x, its bias and B times (T_p - t - 1) / (T_p - t), as in the code its authors once published.
-4. At the end of the period they are zero and masked, so that they stay so. `half-space`: gamma B A is merged into all
-   other weights, and B restarts from zero.
+4. At the end of the period they are zero and masked, so that they stay so. `merge`: gamma B A is merged into all other
+   weights, and B restarts from zero.
 5. Train on with what is left (dynamic recovery is in `recovery/rounds.py`); cut, merge, compare with the masked model.
 
 Where the paper is silent, ours: scores are taken before the merge, while there is a displacement; lambda is at least
@@ -35,7 +35,7 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from secateur.errors import BudgetError, PlanError
-from secateur.importance.displacement import Displacement, displacement, producers, saliency
+from secateur.importance.displacement import PROXIES, Displacement, displacement, producers, saliency
 from secateur.importance.lora_guided import check_adapted
 from secateur.packed import refuse_packed
 from secateur.plan import PruningPlan
@@ -52,6 +52,9 @@ class LoRAShearSettings(GradualSettings):
 
     Attributes:
         push: how redundant units become zero: `half-space`, the paper's, or `linear`.
+        proxies: whose mean is the saliency, any of `importance.displacement.PROXIES`.
+        merge: merge gamma B A into the weights that stay at the end of every period, as the paper does; without it, at
+            the end of the run only.
         periods: P.
         warmup: share of the run before the first period.
         cooldown: share of the run after the last one.
@@ -59,6 +62,8 @@ class LoRAShearSettings(GradualSettings):
     """
 
     push: Literal["half-space", "linear"] = "half-space"
+    proxies: tuple[str, ...] = ("cosine",)
+    merge: bool = False
     periods: int = 10
     warmup: float = 0.1
     cooldown: float = 0.5
@@ -67,6 +72,8 @@ class LoRAShearSettings(GradualSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.one_of("push", ("half-space", "linear"))
+        if not self.proxies or set(self.proxies) - set(PROXIES):
+            raise BudgetError(f"proxies are {list(self.proxies)}; expected one or more of {', '.join(PROXIES)}")
 
 
 class LoRAShear(GradualPruning):
@@ -128,7 +135,7 @@ class LoRAShear(GradualPruning):
         period = begins.index(step)
         scores = self._scores() if period < self.settings.periods else {}
         if period:
-            self._end_period(step, period, optimizer)
+            self._end_period(step, period)
         if scores:
             self._begin_period(period, scores)
 
@@ -141,7 +148,8 @@ class LoRAShear(GradualPruning):
     def _scores(self) -> dict[str, Tensor]:
         assert self.live is not None
         groups = self.live.groups
-        return saliency({n: displacement(self.live.base, groups.named(n)) for n in self.candidates})
+        found = {n: displacement(self.live.base, groups.named(n)) for n in self.candidates}
+        return saliency(found, self.settings.proxies)
 
     def _begin_period(self, period: int, scores: Mapping[str, Tensor]) -> None:
         """Step 2."""
@@ -175,7 +183,7 @@ class LoRAShear(GradualPruning):
         stays = inner >= self.settings.epsilon * found.squared
         return torch.where(stays & (norm > 0), 1 - strength / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
 
-    def _end_period(self, step: int, period: int, optimizer: Any) -> None:
+    def _end_period(self, step: int, period: int) -> None:
         """Step 4."""
         assert self.live is not None
         gone = {name: set(units.tolist()) for name, units in self.redundant.items()}
@@ -186,8 +194,8 @@ class LoRAShear(GradualPruning):
             kept[name], units[name] = tuple(u for u in left if u not in going), count
         self.live.mask(PruningPlan(kept, units))
         self.redundant = {}
-        if self.settings.push == "half-space":
-            merge_and_restart(self.live.base, optimizer)
+        if self.settings.merge:
+            merge_and_restart(self.live.base)
         last = period == self.settings.periods
         self.note(step, self.settings.final if last else self.settings.final * period / self.settings.periods)
 
@@ -209,7 +217,7 @@ class LoRAShear(GradualPruning):
         """The frozen tensors that this run changes."""
         assert self.live is not None
         found = producer_tensors(self.live.base, [self.live.groups.named(name) for name in self.candidates])
-        return found | (adapted_weights(self.live.base) if self.settings.push == "half-space" else {})
+        return found | (adapted_weights(self.live.base) if self.settings.merge else {})
 
 
 def _lambda(found: Displacement) -> Tensor:

@@ -45,18 +45,19 @@ def scale_units(
 
 
 @torch.no_grad()
-def merge_and_restart(model: nn.Module, optimizer: Optimizer | None = None) -> None:
-    """Add gamma B A to every adapted weight and set B to zero; the optimizer begins anew with B, and A stays."""
+def merge_and_restart(model: nn.Module) -> None:
+    """Add gamma B A to every adapted weight and set B to zero; A stays.
+
+    What an optimizer keeps of B stays, too: the function is the same as before, and so are its gradients by B. An Adam
+    that begins anew would take its first steps at full length, after every merge.
+    """
     for module in model.modules():
         if not hasattr(module, "get_delta_weight") or not getattr(module, "lora_A", None):
             continue
         (adapter,) = module.active_adapters  # type: ignore[misc]
         weight: Tensor = base_of(module).weight  # type: ignore[assignment]
         weight.add_(module.get_delta_weight(adapter).to(weight))  # type: ignore[operator]
-        factor: Tensor = module.lora_B[adapter].weight  # type: ignore[index, union-attr]
-        factor.zero_()
-        if optimizer is not None:
-            optimizer.state.pop(factor, None)
+        module.lora_B[adapter].weight.zero_()  # type: ignore[index, union-attr, operator]
 
 
 def producer_tensors(model: nn.Module, groups: list[Group]) -> dict[str, Tensor]:
