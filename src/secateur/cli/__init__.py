@@ -9,7 +9,7 @@ import sys
 import typer
 
 from secateur.cli.adapters import tune
-from secateur.cli.analysis import analyze
+from secateur.cli.analysis import analyze, audit
 from secateur.cli.change import prune, recover
 from secateur.cli.common import out
 from secateur.cli.inspect import bench, eval_, groups
@@ -39,6 +39,7 @@ app.command()(prune)
 app.command()(recover)
 app.command()(tune)
 app.command()(analyze)
+app.command()(audit)
 app.command(name="eval")(eval_)
 app.command()(bench)
 app.command()(export)

@@ -1,4 +1,4 @@
-"""The verb that finds out which groups a model can spare: analyze."""
+"""The verbs that find out what a model can spare, and what tells: analyze, audit."""
 
 from __future__ import annotations
 
@@ -39,30 +39,106 @@ def analyze(
     """Cut every group alone and see how much worse the model gets: the knowledge distribution of LoRAShear."""
     from secateur import pipeline
 
-    recipe = recipe_of(
-        model,
-        {
-            "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
-            "prune": {
-                "kinds": [kind.strip() for kind in kinds.split(",")] if kinds else None,
-                "criterion": criterion,
-                "calibration": {"source": calibration, "field": field},
-            },
-            "evaluation": {
-                "texts": [text],
-                "field": field,
-                "seq_len": None if seq_len is None else [seq_len],
-                "batch_size": batch_size,
-            },
-        },
-        seed,
-    )
+    recipe = _recipe(dict(locals()), criterion=criterion)
     results = pipeline.analyze(
         recipe, ratios=_shares(ratios), samples=samples, json_file=json, picture=picture, resume=resume
     )
     _show(results)
     for file in filter(None, (json, picture)):
         out.print(f"written to {file}", soft_wrap=True)
+
+
+def audit(
+    model: Model,
+    text: Annotated[str, typer.Option(help="Corpus name or text file to measure the loss on.")] = "wikitext2",
+    calibration: Annotated[
+        str | None, typer.Option(help="Corpus name or text file for criteria that read text.")
+    ] = None,
+    criteria: Annotated[str | None, typer.Option(help="Criteria to compare, with commas; all if not given.")] = None,
+    kinds: Annotated[
+        str | None, typer.Option(help="Kinds of units to remove, with commas; FFN channels and heads if not given.")
+    ] = None,
+    units: Annotated[int, typer.Option(help="Units of each kind to remove alone, drawn at random.")] = 64,
+    sets: Annotated[int, typer.Option(help="Random sets of units of each kind to remove.")] = 64,
+    share: Annotated[float, typer.Option(help="Of a kind's units in a set.")] = 0.1,
+    samples: Annotated[int, typer.Option(min=1, help="Windows from the beginning of the text.")] = 64,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens per window.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
+    field: Field = None,
+    json: Json = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw correlations with their intervals: a .svg, .png or .pdf file.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is kept beside the --json file.")] = False,
+    seed: Seed = 42,
+    dtype: Dtype = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Can importance be trusted on this model? Remove units and compare what it costs with what criteria say."""
+    from secateur import pipeline
+
+    names = [name.strip() for name in criteria.split(",")] if criteria else ()
+    results = pipeline.audit(
+        _recipe(dict(locals())), criteria=names, units=units, sets=sets, share=share, samples=samples, json_file=json,
+        picture=picture, resume=resume,
+    )  # fmt: skip
+    _show_audit(results)
+    for file in filter(None, (json, picture)):
+        out.print(f"written to {file}", soft_wrap=True)
+
+
+def _recipe(flags: dict[str, Any], criterion: str | None = None) -> Any:
+    """The recipe of either verb, from its flags."""
+    kinds, seq_len = flags["kinds"], flags["seq_len"]
+    return recipe_of(
+        flags["model"],
+        {
+            "model": {name: flags[name] for name in ("dtype", "device", "trust_remote_code")},
+            "prune": {
+                "kinds": [kind.strip() for kind in kinds.split(",")] if kinds else None,
+                "criterion": criterion,
+                "calibration": {"source": flags["calibration"], "field": flags["field"]},
+            },
+            "evaluation": {
+                "texts": [flags["text"]],
+                "field": flags["field"],
+                "seq_len": None if seq_len is None else [seq_len],
+                "batch_size": flags["batch_size"],
+            },
+        },
+        flags["seed"],
+    )
+
+
+def _show_audit(results: dict[str, Any]) -> None:
+    """For each kind a line per criterion, and what follows from them."""
+    table = Table("kind", "criterion", "removed", "rank correlation", "of the cheapest fifth found (by chance)")
+    for row in results["agreements"]:
+        rank, found = row["spearman"], row["overlap"]
+        table.add_row(
+            row["kind"],
+            row["criterion"],
+            f"{row['removals']} {'alone' if row['how'] == 'alone' else 'sets'}",
+            f"{rank['value']:+.2f} ({rank['low']:+.2f} to {rank['high']:+.2f})",
+            f"{found['value']:.0%} ({row['chance']:.0%})",
+        )
+    out.print(table)
+    dense, confidence = results["dense"], results["protocol"]["confidence"]
+    out.print(
+        f"Spearman's rank correlation of scores with the change of the loss, intervals of {confidence:.0%}; "
+        f"{dense['text']}: dense perplexity {dense['value']:.3f} on {dense['tokens']:,} tokens in windows of "
+        f"{dense['seq_len']}",
+        soft_wrap=True,
+    )
+    for told in results["verdicts"]:
+        if not told["trusted"]:
+            out.print(f"{told['kind']}: no criterion ranks better than chance for sure", soft_wrap=True)
+            continue
+        others = f"; not clearly worse: {', '.join(told['not_worse'])}" if told["not_worse"] else ""
+        out.print(
+            f"{told['kind']}: take {told['criterion']} ({told['spearman']['value']:+.2f}){others}", soft_wrap=True
+        )
 
 
 def _shares(text: str) -> tuple[float, ...]:

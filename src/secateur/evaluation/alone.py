@@ -1,8 +1,8 @@
-"""One group of a model cut alone, for as long as it takes to measure what is left."""
+"""Some units of a model cut, and nothing else, for as long as it takes to measure what is left."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 class Alone:
-    """Cuts groups of a model one at a time; the model itself is restored bit for bit.
+    """Cuts units of a model; the model itself is restored bit for bit.
 
-    Where zeroed weights amount to removal, the group is masked in place. Where they do not (a norm still averages over
+    Where zeroed weights amount to removal, they are masked in place. Where they do not (a norm still averages over
     what is zero, a softmax still gives experts their share), a copy of the model is sliced. Which is which is tried for
     each family on a narrow twin of the model in float64; where no twin can be made, everything is sliced.
 
@@ -42,15 +42,19 @@ class Alone:
         return group.family in self.masked or not packed_weights(self.model)
 
     @contextmanager
-    def without(self, group: Group, removed: Sequence[int]) -> Iterator[PreTrainedModel | None]:
-        """The model without these units of a group: None for the model itself, changed in place, else a smaller one.
+    def without(self, removed: Mapping[str, Sequence[int]]) -> Iterator[PreTrainedModel | None]:
+        """The model without these units: None for the model itself, changed in place, else a smaller one.
+
+        Args:
+            removed: group -> units that go.
 
         Raises:
             PlanError: it must be sliced, and cannot be.
         """
-        kept = tuple(sorted(set(range(group.units)) - set(removed)))
-        plan = PruningPlan({group.name: kept}, {group.name: group.units})
-        if group.family in self.masked:
+        chosen = [self.groups.named(name) for name in removed]
+        kept = {g.name: tuple(sorted(set(range(g.units)) - set(removed[g.name]))) for g in chosen}
+        plan = PruningPlan(kept, {g.name: g.units for g in chosen})
+        if all(group.family in self.masked for group in chosen):
             with mask(self.model, plan, self.groups):
                 yield None
         else:

@@ -17,14 +17,11 @@ the beginning of a text; and a tenth of the groups.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from secateur.data import Corpus
@@ -34,6 +31,7 @@ from secateur.evaluation.alone import Alone
 from secateur.evaluation.distribution import Knowledge, Trial
 from secateur.evaluation.passes import Passes
 from secateur.evaluation.perplexity import Perplexity, Window, tokens_of, windows_of
+from secateur.evaluation.removing import losses_without
 from secateur.groups import Group, Groups
 from secateur.importance import Magnitude, score
 
@@ -88,7 +86,7 @@ def knowledge_distribution(
     check_ratios(ratios)
     groups = groups or discover(model)
     chosen = groups_to_cut(groups, kinds)
-    batches = _batches(model, tokenizer, corpus, seq_len, samples, batch_size)
+    batches = windows_in_batches(model, tokenizer, corpus, seq_len, samples, batch_size)
     training = model.training
     model.eval()
     try:
@@ -119,7 +117,7 @@ def knowledge_distribution(
         "windows": sum(map(len, batches)),
         "batch_size": batch_size,
     }
-    dense = _dense(passes, model, corpus, seq_len)
+    dense = dense_of_windows(passes, model, corpus, seq_len)
     sliced = tuple(dict.fromkeys(c.group.family for c in cuts if c.group.family not in alone.masked))
     return Knowledge(
         dense, trials, {**facts, **(protocol or {})}, passes.from_cache, passes.note, sliced, dict(left_out)
@@ -139,7 +137,7 @@ class Cut:
         return self.group.name, len(self.removed)
 
 
-def _dense(passes: Passes, model: PreTrainedModel, corpus: Corpus, seq_len: int) -> Perplexity:
+def dense_of_windows(passes: Passes, model: PreTrainedModel, corpus: Corpus, seq_len: int) -> Perplexity:
     """What the whole model makes of the windows."""
     value, dtype = math.exp(min(passes.dense, 700.0)), str(model.dtype).removeprefix("torch.")
     return Perplexity(value, passes.dense, passes.tokens, seq_len, None, False, corpus.name, corpus.sha256, dtype)
@@ -175,7 +173,7 @@ def groups_to_cut(groups: Groups, kinds: Sequence[str]) -> tuple[Group, ...]:
     return groups.of_kinds(kinds or groups.kinds_in_blocks())
 
 
-def _batches(
+def windows_in_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     corpus: Corpus,
@@ -226,35 +224,13 @@ def _measured(
     left_out: dict[str, str],
     on_loss: Callable[[str, int, float], None],
 ) -> dict[tuple[str, int], float]:
-    """Loss without each cut, those known already included; layer by layer, so that the cache moves on once."""
-    jobs = [(_begin(passes, alone, cut), cut) for cut in cuts if cut.key not in losses]
-    jobs.sort(key=lambda job: job[0])
-    columns = (TextColumn("cut alone"), BarColumn(), TextColumn("{task.percentage:.0f} %"), TimeRemainingColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=sum(passes.layers - begin for begin, _ in jobs))
-        for begin, cut in jobs:
-            if cut.group.name in left_out:
-                continue
-            passes.begin_at(begin)
-            try:
-                with alone.without(cut.group, cut.removed) as smaller:
-                    loss = passes.loss(smaller)
-            except PlanError as error:  # a copy that no setting of the class's sizes gives
-                left_out[cut.group.name] = str(error)
-                continue
-            if not math.isfinite(loss):
-                raise NonFiniteError(
-                    f"the loss is {loss} without {len(cut.removed)} of {cut.group.units} units of {cut.group.name}: "
-                    "the dtype is too narrow for what is left; try --dtype float32"
-                )
-            losses[cut.key] = loss
-            on_loss(*cut.key, loss)
-            bar.advance(task, passes.layers - begin)
+    """Loss without each cut, those known already included."""
+    wanted = {cut.key: {cut.group.name: cut.removed} for cut in cuts if cut.key not in losses}
+    for key, found in losses_without(passes, alone, wanted, "cut alone"):
+        name, removed = key
+        if isinstance(found, PlanError):
+            left_out[name] = str(found)
+        elif name not in left_out:
+            losses[key] = found
+            on_loss(name, removed, found)
     return losses
-
-
-def _begin(passes: Passes, alone: Alone, cut: Cut) -> int:
-    """The layer that passes without these units may begin at: 0 for whole passes."""
-    layer = passes.layer_of(cut.group) if cut.group.family in alone.masked and passes.from_cache else None
-    return layer or 0

@@ -1,6 +1,7 @@
 """The steps of the whole job, each from one checkpoint folder to the next, and the recipe that joins them."""
 
 from secateur.pipeline.analysing import analyze
+from secateur.pipeline.auditing import audit
 from secateur.pipeline.measuring import benchmark, evaluate
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.recipes import run_recipe
@@ -13,6 +14,7 @@ from secateur.pipeline.tuning import base_of_adapter, prune_trained_adapter, tun
 __all__ = [
     "PACKAGES",
     "analyze",
+    "audit",
     "base_of_adapter",
     "benchmark",
     "evaluate",

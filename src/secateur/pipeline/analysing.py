@@ -26,6 +26,7 @@ from secateur.evaluation import (
 )
 from secateur.groups import Groups
 from secateur.importance import Taylor, score
+from secateur.pipeline.measured import Losses, Measured
 from secateur.pipeline.pruning import calibration_batch, calibration_corpus, criterion_of
 from secateur.pipeline.results import Clock, Results, header, load_model, needs_tokenizer, write_json
 
@@ -54,8 +55,8 @@ def analyze(
         SecateurError: for anything wrong with the input; nothing is written then.
     """
     check_ratios(ratios)
-    _check_files(json_file, picture, resume)
-    corpus = _evaluation_text(recipe)
+    check_files(json_file, picture, resume)
+    corpus = evaluation_text(recipe)
     scored_on = calibration_corpus(recipe) if isinstance(criterion_of(recipe.prune, recipe.seed), Taylor) else None
     clock = Clock()
     clock.begin("load")
@@ -72,7 +73,7 @@ def analyze(
         "asked": [list(recipe.prune.kinds), list(ratios), recipe.prune.criterion, samples, seq_len, batch_size],
         "protocol": results["protocol"],
     }
-    kept = Measured(json_file, hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest(), resume)
+    kept = Measured(json_file, hash_of(facts), resume, _losses_in)
     clock.begin("cut groups alone")
     knowledge = knowledge_distribution(
         source.model,
@@ -100,72 +101,17 @@ def analyze(
     return results
 
 
-class Measured:
-    """Losses measured so far, kept beside the result so that a kill loses one at most.
-
-    The first line of the file is the hash of what they depend on, each other line a loss.
-
-    Attributes:
-        losses: (group, units removed) -> nats per token.
-        key: hash of the model and everything else they depend on.
-
-    Raises:
-        KnowledgeError: what is to be resumed has another key.
-    """
-
-    def __init__(self, result: Path | None, key: str, resume: bool) -> None:
-        self.key = key
-        self.file = None if result is None else result.with_name(result.name + ".work")
-        self.losses: dict[tuple[str, int], float] = {}
-        if result is not None and self.file is not None and resume:
-            if self.file.exists():
-                self._read(self.file)
-            elif result.exists():
-                self._read_result(result)
-        self._begun = False
-
-    def add(self, group: str, removed: int, loss: float) -> None:
-        """Keep a loss."""
-        self.losses[group, removed] = loss
-        if self.file is None:
-            return
-        if not self._begun:  # what was read is written again: the last line may have been cut short
-            temporary = self.file.with_name(self.file.name + ".part")
-            lines = [json.dumps(self.key), *(json.dumps([*cut, loss]) for cut, loss in self.losses.items())]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            temporary.replace(self.file)
-            self._begun = True
-            return
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([group, removed, loss]) + "\n")
-
-    def forget(self) -> None:
-        """Remove the file: the result holds everything."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
-
-    def _read(self, file: Path) -> None:
-        first, *lines = file.read_text(encoding="utf-8").split("\n")
-        self._check(json.loads(first) if first.endswith('"') else None, file)
-        for line in lines:
-            if line.endswith("]"):
-                group, removed, loss = json.loads(line)
-                self.losses[group, removed] = loss
-
-    def _read_result(self, file: Path) -> None:
-        knowledge = Knowledge.load(file)
-        self._check(json.loads(file.read_text(encoding="utf-8")).get("key"), file)
-        self.losses = {(trial.group, trial.removed): trial.loss for trial in knowledge.trials}
-
-    def _check(self, key: str | None, file: Path) -> None:
-        if key != self.key:
-            raise KnowledgeError(
-                f"{file} holds an analysis of another model, text or setting, or by other versions; leave out --resume "
-                "to begin anew, or choose another --json"
-            )
+def hash_of(facts: Mapping[str, Any]) -> str:
+    """What losses depend on, as one hash."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _check_files(json_file: Path | None, picture: Path | None, resume: bool) -> None:
+def _losses_in(file: Path) -> Losses:
+    """Those of a finished result."""
+    return {(trial.group, trial.removed): trial.loss for trial in Knowledge.load(file).trials}
+
+
+def check_files(json_file: Path | None, picture: Path | None, resume: bool) -> None:
     """Find out before anything is measured whether results can be written.
 
     Raises:
@@ -180,7 +126,7 @@ def _check_files(json_file: Path | None, picture: Path | None, resume: bool) -> 
             raise KnowledgeError(f"{file} cannot be written: it is a folder, or there is none to hold it")
 
 
-def _evaluation_text(recipe: Recipe) -> Corpus:
+def evaluation_text(recipe: Recipe) -> Corpus:
     """The text to measure on.
 
     Raises:
