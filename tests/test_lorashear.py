@@ -85,7 +85,9 @@ def test_saliency_by_hand():
     for name, values in parts.items():
         torch.testing.assert_close(saliency({"g": found}, [name])["g"], values / values.norm())
     everything = sum(values / values.norm() for values in parts.values()) / 4
-    torch.testing.assert_close(saliency({"g": found})["g"], everything)
+    torch.testing.assert_close(saliency({"g": found}, list(parts))["g"], everything)
+    guided = {"g": torch.tensor([1.0, 2.0, 2.0])}
+    torch.testing.assert_close(saliency({"g": found}, ["guided"], guided)["g"], guided["g"] / 3)
 
 
 def test_proxies_are_normalised_over_all_groups():
@@ -150,7 +152,8 @@ def test_a_merge_leaves_the_function_and_the_gradients_by_b(live):
     torch.testing.assert_close(slope_after, slope, rtol=0, atol=1e-10)
 
 
-FORMS = [{"push": "half-space"}, {"push": "half-space", "merge": True}, {"push": "linear"}]
+PAPER = {"merge": True, "proxies": ("magnitude", "cosine", "first", "second")}
+FORMS = [{"push": "half-space"}, PAPER, {"push": "linear"}]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -57,7 +57,7 @@ class MethodSettings(Section):
     cooldown: float | None = Field(None, ge=0, lt=1)
     compact_every: int | None = Field(None, ge=1)
     push: Literal["half-space", "linear"] | None = None
-    proxies: tuple[Literal["magnitude", "cosine", "first", "second"], ...] | None = Field(None, min_length=1)
+    proxies: tuple[Literal["magnitude", "cosine", "first", "second", "guided"], ...] | None = Field(None, min_length=1)
     merge: bool | None = None
     periods: int | None = Field(None, ge=1)
     epsilon: float | None = Field(None, ge=0, lt=1)
@@ -156,7 +156,7 @@ class RecoverSettings(Section):
     mix: Literal["proportional", "uniform", "dynamic"] = "proportional"
     dense: str | None = None
     round_steps: int | None = Field(None, ge=1)
-    balance: float = Field(0.2, ge=0, le=1)
+    balance: float = Field(0.5, ge=0, le=1)
     patience: int = Field(2, ge=0)
     rank: int = Field(8, ge=1)
     alpha: float = Field(16, gt=0)

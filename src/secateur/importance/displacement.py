@@ -23,7 +23,8 @@ from secateur.errors import NonFiniteError, PlanError
 from secateur.groups import Group, Member
 from secateur.importance.lora_guided import adapted_layer, factors_of
 
-PROXIES = ("magnitude", "cosine", "first", "second")
+GUIDED = "guided"
+PROXIES = ("magnitude", "cosine", "first", "second", GUIDED)
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,21 @@ def displacement(model: nn.Module, group: Group) -> Displacement:
     return Displacement(*total)
 
 
-def saliency(found: Mapping[str, Displacement], proxies: Sequence[str] = PROXIES) -> dict[str, Tensor]:
+def saliency(
+    found: Mapping[str, Displacement], proxies: Sequence[str], guided: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Importance of every unit of every group, float32 on the CPU, higher = keep.
 
     `magnitude` is |x|; `cosine` 1 + cos(x, gamma B A), low where training pushes a unit to zero already; `first` is
     |<x, gamma B A>| and `second` half its square, the first terms of a Taylor series with the displacement in the
-    gradient's place: alone they rank alike. Each is divided by its Euclidean norm over all units, and their mean is
-    taken, as in the sibling code of the paper's authors; the paper itself only speaks of proxies.
+    gradient's place: alone they rank alike. `guided`, ours, is what the argument holds: LoRA-guided importance, whose
+    gradient is that of the factors. Each is divided by its Euclidean norm over all units, and their mean is taken, as
+    in the sibling code of the paper's authors; the paper itself only speaks of proxies.
+
+    Args:
+        found: displacement of each group.
+        proxies: which.
+        guided: group -> importance of each unit, for the proxy of this name.
     """
     names, sizes = list(found), [len(d.squared) for d in found.values()]
     squared, along, moved = (
@@ -88,6 +97,8 @@ def saliency(found: Mapping[str, Displacement], proxies: Sequence[str] = PROXIES
         "first": along.abs(),
         "second": along.square() / 2,
     }
+    if guided:
+        values[GUIDED] = torch.cat([guided[name].double() for name in names])
     scores = sum(values[name] / values[name].norm().clamp_min(tiny) for name in proxies) / len(proxies)
     assert isinstance(scores, Tensor)
     return dict(zip(names, scores.float().split(sizes), strict=True))

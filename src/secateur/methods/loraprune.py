@@ -4,7 +4,7 @@
 | --- | --- |
 | I, importance from LoRA weights and their gradients (3.2) | `importance.lora_guided.LoraGuided` |
 | G, the groups of connected weights | `Group`, from the traced computation; only those inside blocks |
-| moving average of the importance, lambda = 0.9 (Eq. 11) | `ema` |
+| moving average of the importance, lambda = 0.9 (Eq. 11) | `recovery.guided.GuidedAverage`, `ema` |
 | r_t, cubic schedule over the run (3.3) | `schedules.cubic`: `initial`, `warmup`, `cooldown` |
 | mask after every few steps | `frequency` |
 
@@ -22,6 +22,7 @@ queries it serves; compaction is ours.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -29,10 +30,10 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from secateur.errors import BudgetError, PlanError
-from secateur.importance.lora_guided import LoraGuided, TrueGradients, Variant, check_adapted
+from secateur.importance.lora_guided import Variant, check_adapted
 from secateur.packed import refuse_packed
-from secateur.recovery.gradual import GradualPruning, GradualSettings, budget_of, zeros
-from secateur.recovery.mixed_precision import loss_scale, unscaled
+from secateur.recovery.gradual import GradualPruning, GradualSettings, budget_of
+from secateur.recovery.guided import GuidedAverage
 from secateur.schedules import cubic
 from secateur.surgery.compaction import check_unpacked
 from secateur.surgery.live import LiveModel
@@ -93,9 +94,7 @@ class LoRAPrune(GradualPruning):
     def __init__(self, sparsity: float | None = None, **settings: Any) -> None:
         super().__init__(LoRAPruneSettings(budget_of("LoRAPrune", sparsity, settings), **settings))
         self._share(0, 1)  # checks the schedule
-        self.criterion = LoraGuided(self.settings.variant, self.settings.normalise)
-        self.average: dict[str, Tensor] = {}
-        self.gradients = TrueGradients()
+        self.average = GuidedAverage(self.settings.variant, self.settings.normalise, self.settings.ema)
 
     def check(self, live: LiveModel, chosen: Any) -> None:
         """Refuse adapters that cannot guide, weights without gradients, and modules that cannot be compacted."""
@@ -105,13 +104,13 @@ class LoRAPrune(GradualPruning):
         if self.settings.compact_every:
             check_unpacked(live.base)
             live.check_compaction(chosen)
-        self.average = zeros(live, tuple(g.name for g in chosen))
+        self.average.prepare(live, tuple(g.name for g in chosen))
 
     def tensors(self) -> dict[str, Tensor]:
-        return self.average
+        return self.average.values
 
-    def remember(self, tensors: Any) -> None:
-        self.average = dict(tensors)
+    def remember(self, tensors: Mapping[str, Tensor]) -> None:
+        self.average.restore(tensors)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -122,24 +121,17 @@ class LoRAPrune(GradualPruning):
             raise PlanError("gradients of frozen weights are not shared among processes: take the variant lora")
         super().on_train_begin(args, state, control, model)
         assert self.live is not None
-        if self.settings.variant == "grad":
-            self.gradients.begin(self.live.base, [self.live.groups.named(name) for name in self.candidates])
+        self.average.begin(self.live)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         """Step 1."""
         assert self.live is not None
-        if self._done(state.global_step, state.max_steps) or not unscaled(optimizer):
-            self.gradients.found.clear()
-            return
-        live, past = self.live, self.settings.ema
-        gradients = self.gradients.taken(loss_scale(optimizer))
-        now = self.criterion.scores(live.base, live.built, live.masked.kept, list(self.average), gradients)
-        kept = live.plan.kept
-        for name, score in now.items():
-            left = list(kept[name]) if name in kept else slice(None)
-            self.average[name][left] = past * self.average[name][left] + (1 - past) * score
+        if self._done(state.global_step, state.max_steps):
+            self.average.skip()
+        else:
+            self.average.update(self.live, optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
@@ -151,13 +143,13 @@ class LoRAPrune(GradualPruning):
         due = step % every.frequency == 0 or (step == 1 and every.initial > 0)
         if last or (due and not self._done(step, steps)):
             share = self._share(step, steps)
-            self.live.mask(self.planned(share, self.average, settle=last))
+            self.live.mask(self.planned(share, self.average.values, settle=last))
             self.note(step, share)
         if every.compact_every and (last or step % every.compact_every == 0):
             self.live.compact(optimizer)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.gradients.end()
+        self.average.end()
 
     def _share(self, step: int, steps: int) -> float:
         """The budget's share after `step` of `steps`."""

@@ -35,11 +35,12 @@ from torch import Tensor
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from secateur.errors import BudgetError, PlanError
-from secateur.importance.displacement import PROXIES, Displacement, displacement, producers, saliency
+from secateur.importance.displacement import GUIDED, PROXIES, Displacement, displacement, producers, saliency
 from secateur.importance.lora_guided import check_adapted
 from secateur.packed import refuse_packed
 from secateur.plan import PruningPlan
 from secateur.recovery.gradual import GradualPruning, GradualSettings, budget_of
+from secateur.recovery.guided import GuidedAverage
 from secateur.surgery.live import LiveModel
 from secateur.surgery.shrinking import adapted_weights, merge_and_restart, producer_tensors, scale_units
 
@@ -52,7 +53,7 @@ class LoRAShearSettings(GradualSettings):
 
     Attributes:
         push: how redundant units become zero: `half-space`, the paper's, or `linear`.
-        proxies: whose mean is the saliency, any of `importance.displacement.PROXIES`.
+        proxies: whose mean is the saliency, any of `importance.displacement.PROXIES`; all but `guided` are the paper's.
         merge: merge gamma B A into the weights that stay at the end of every period, as the paper does; without it, at
             the end of the run only.
         periods: P.
@@ -62,7 +63,7 @@ class LoRAShearSettings(GradualSettings):
     """
 
     push: Literal["half-space", "linear"] = "half-space"
-    proxies: tuple[str, ...] = ("cosine",)
+    proxies: tuple[str, ...] = (GUIDED,)
     merge: bool = False
     periods: int = 10
     warmup: float = 0.1
@@ -104,6 +105,7 @@ class LoRAShear(GradualPruning):
                 "period or more, and shares of the run from 0 up and below 1 together"
             )
         self.redundant: dict[str, Tensor] = {}
+        self.average = GuidedAverage()
 
     def check(self, live: LiveModel, chosen: Any) -> None:
         """Refuse packed weights, adapters that are no plain LoRA, and units that no weight puts out."""
@@ -111,6 +113,8 @@ class LoRAShear(GradualPruning):
         check_adapted(live.base, chosen)
         for group in chosen:
             producers(group)
+        if GUIDED in self.settings.proxies:
+            self.average.prepare(live, tuple(g.name for g in chosen))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -121,6 +125,13 @@ class LoRAShear(GradualPruning):
                 f"{self.settings.periods} periods do not fit into {state.max_steps} steps with a warm-up of "
                 f"{self.settings.warmup} and a cool-down of {self.settings.cooldown}: train longer, or take fewer"
             )
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
+    ) -> None:
+        assert self.live is not None
+        if self.average.values and state.global_step < self._begins(state.max_steps)[-2]:
+            self.average.update(self.live, optimizer)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
@@ -149,7 +160,7 @@ class LoRAShear(GradualPruning):
         assert self.live is not None
         groups = self.live.groups
         found = {n: displacement(self.live.base, groups.named(n)) for n in self.candidates}
-        return saliency(found, self.settings.proxies)
+        return saliency(found, self.settings.proxies, self.average.values)
 
     def _begin_period(self, period: int, scores: Mapping[str, Tensor]) -> None:
         """Step 2."""
@@ -202,6 +213,7 @@ class LoRAShear(GradualPruning):
     def tensors(self) -> dict[str, Tensor]:
         """The frozen weights as they are by now, and which units are on their way."""
         found = {"redundant." + name: units for name, units in self.redundant.items()}
+        found |= {"average." + name: values for name, values in self.average.values.items()}
         return found | {"base." + name: tensor.detach() for name, tensor in self._changing().items()}
 
     def remember(self, tensors: Mapping[str, Tensor]) -> None:
@@ -210,6 +222,8 @@ class LoRAShear(GradualPruning):
             kind, _, name = key.partition(".")
             if kind == "redundant":
                 self.redundant[name] = tensor
+            elif kind == "average":
+                self.average.values[name] = tensor
             else:
                 changing[name].data.copy_(tensor)
 

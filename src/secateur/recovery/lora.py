@@ -74,7 +74,7 @@ class RecoverySettings:
     gradient_checkpointing: bool = False
     mix: Mix = "proportional"
     round_steps: int | None = None
-    balance: float = 0.2
+    balance: float = 0.5
     patience: int = 2
     seed: int = 42
 
