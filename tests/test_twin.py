@@ -2,10 +2,13 @@
 
 import pytest
 from families import make
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import secateur.surgery.slicing as slicing
 from secateur.discovery import discover
+from secateur.plan import PruningPlan
 from secateur.surgery import expressible
+from secateur.surgery.live import LiveModel
 from secateur.surgery.rule_cache import cache_folder
 
 KINDS = ["ffn_channel", "attention_head", "kv_group", "query_head", "hidden", "layer"]
@@ -34,3 +37,20 @@ def test_rules_proven_on_a_narrow_twin_are_those_of_the_model(monkeypatch, tmp_p
 
     monkeypatch.setattr(slicing, "trial_subject", whole)
     assert rules_of(model) == own
+
+
+@pytest.mark.parametrize("kind", ["kv_group", "query_head"])
+def test_heads_whose_width_the_class_derives_keep_it(kind, monkeypatch, tmp_path):
+    """A `head_dim` of twice the width that is halved with the heads has the right shapes too, at this share alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = MixtralConfig(
+        hidden_size=48, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, vocab_size=131,
+    )  # fmt: skip
+    assert config.head_dim is None
+    model = AutoModelForCausalLM.from_config(config)
+    rule = slicing.checked_solver(model, discover(model)).rule(f"model.layers.*.self_attn/{kind}")
+    assert rule.pins == {"head_dim": 12} and "head_dim" not in rule.fields
+    live = LiveModel(model)
+    kept = {g.name: range(g.units // 2) for g in live.groups.of_kinds([kind])}
+    live.check_cut(PruningPlan(kept, {name: live.groups.named(name).units for name in kept}))

@@ -99,16 +99,28 @@ def candidate_rules(config: PreTrainedConfig, groups: Groups, cut: Sequence[Grou
 def _pins(
     config: PreTrainedConfig, groups: Groups, sizes: set[int], constant: set[int]
 ) -> Iterator[tuple[dict[str, int], tuple[str, ...]]]:
-    """(values to write for fields the class would derive, those of them that shrink with the cut)."""
+    """(values to write for fields the class would derive, those of them that shrink with the cut).
+
+    Heads that keep their width come first: a `head_dim` that shrinks with them has the right shapes at some shares too.
+    """
     yield {}, ()
+    yield from ((pins, ()) for pins in _head_dims(groups))
     for name in unset_numbers(config):
         yield from (({name: size}, (name,)) for size in sorted(sizes))
-    yield from ((pins, ()) for pins in constant_pins(config, groups, constant))
+    yield from ((pins, ()) for pins in _other_constants(config, constant))
 
 
 def constant_pins(config: PreTrainedConfig, groups: Groups, constant: set[int]) -> Iterator[dict[str, int]]:
     """Values to write for fields that the class would otherwise derive from those that change."""
+    yield from _head_dims(groups)
+    yield from _other_constants(config, constant)
+
+
+def _head_dims(groups: Groups) -> Iterator[dict[str, int]]:
     yield from ({"head_dim": width} for width in sorted(head_widths(groups)))
+
+
+def _other_constants(config: PreTrainedConfig, constant: set[int]) -> Iterator[dict[str, int]]:
     for name in unset_numbers(config):
         yield from ({name: size} for size in sorted(constant))
 
