@@ -69,18 +69,32 @@ def test_a_packed_base_leaves_a_float_model(secateur, quantise, tmp_path):
     assert abs(results["params"]["sparsity"] - 0.3) < 0.01 and results["parity"]["max_logit_difference"] == 0
 
 
-@pytest.mark.parametrize(("quantise", "rounded"), [("8bit", "1"), ("4bit", "64")])
-def test_a_packed_base_leaves_a_packed_model_if_asked(secateur, quantise, rounded, tmp_path):
+@pytest.mark.parametrize(("quantise", "multiple"), [("8bit", 1), ("4bit", 64)])
+def test_a_packed_base_leaves_a_packed_model_if_asked(secateur, quantise, multiple, tmp_path):
     code, _, err = secateur(
         "prune", "demo", "-o", tmp_path / "out", "--method", "loraprune", "--sparsity", "0.3", *TRAINING,
-        "--quantize", quantise, "--quantize-output", quantise, "--round-to", rounded, "--kinds", "ffn_channel",
+        "--quantize", quantise, "--quantize-output", quantise,
     )  # fmt: skip
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert quantisation(again.config) == "bitsandbytes"
     assert results["parity"]["max_logit_difference"] <= 1e-5
+    assert abs(results["params"]["sparsity"] - 0.3) < (0.01 if multiple == 1 else 0.06)
+    assert results["protocol"]["settings"]["width_multiple"] == multiple
+    widths = again.config.intermediate_size, again.config.num_key_value_heads * again.config.head_dim
+    assert widths[0] < 448 and widths[1] < 96 and not any(width % multiple for width in widths)
     assert "takes the library bitsandbytes" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_widths_that_cannot_be_packed_are_refused_before_training(secateur, checkpoint_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("secateur.pipeline.adapting.train", lambda *_, **__: pytest.fail("it trains"))
+    code, _, err = secateur(
+        "prune", checkpoint_folder, "-o", tmp_path / "out", "--method", "loraprune", "--sparsity", "0.1", *TRAINING,
+        "--kinds", "ffn_channel", "--quantize-output", "4bit",
+    )  # fmt: skip
+    assert code == 2 and "does not pack" in err and "leave --quantize-output out" in err.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_that_is_packed_already(secateur, tmp_path):

@@ -12,7 +12,7 @@ from secateur.checkpoint.parity import (
     verify_in_fresh_process,
     verify_reload,
 )
-from secateur.checkpoint.quantised import QUANTISERS, quantisation, quantised_copy
+from secateur.checkpoint.quantised import QUANTISERS, WIDTHS, check_packable, quantisation, quantised_copy
 from secateur.checkpoint.saving import save, weight_bytes, write, write_about
 from secateur.checkpoint.shards import SHARD_SIZE
 from secateur.checkpoint.stream import StreamReport, cut_streaming
@@ -22,6 +22,7 @@ __all__ = [
     "BUNDLED",
     "QUANTISERS",
     "SHARD_SIZE",
+    "WIDTHS",
     "WRITERS",
     "Checkpoint",
     "Form",
@@ -29,6 +30,7 @@ __all__ = [
     "StreamCheck",
     "StreamReport",
     "carried_plan",
+    "check_packable",
     "check_same_logits",
     "check_space",
     "checkpoint_form",

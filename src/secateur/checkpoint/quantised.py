@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from secateur.errors import CheckpointError, first_line
+from secateur.surgery.input_masks import input_dim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,6 +25,7 @@ QUANTISERS: Mapping[Quantiser, tuple[str, str]] = {
     "4bit": ("bitsandbytes", "NF4 with double quantisation"),
     "int8": ("torchao", "weight-only int8"),
 }
+WIDTHS: Mapping[Quantiser, int] = {"4bit": 64}  # what widths must be multiples of; on a GPU other ones do, on a CPU not
 
 
 def quantisation(config: PreTrainedConfig) -> str | None:
@@ -76,9 +78,7 @@ def quantised_copy(model: PreTrainedModel, name: Quantiser) -> PreTrainedModel:
         CheckpointError: the library is not there, does not take these sizes, or packs what cannot be saved.
     """
     library, _ = QUANTISERS[name]
-    if library != "bitsandbytes":
-        raise CheckpointError(f"only 8bit and 4bit results can be saved, not {name}: leave --quantize-output out")
-    packing = quantiser(name)
+    packing = _savable(name)
     with _saved(model) as folder:
         try:
             packed: PreTrainedModel = type(model).from_pretrained(
@@ -92,6 +92,56 @@ def quantised_copy(model: PreTrainedModel, name: Quantiser) -> PreTrainedModel:
                 "64 (--round-to 64) suit it, or leave --quantize-output out"
             ) from error
     return packed.eval()
+
+
+def check_packable(model: PreTrainedModel, name: Quantiser, device: torch.device) -> None:
+    """Make sure that `quantised_copy` will take a model of these sizes, which may be without weights.
+
+    One matrix of each size is packed and multiplied by.
+
+    Raises:
+        CheckpointError: the library is not there, or does not take a size; says whose.
+    """
+    library, _ = QUANTISERS[name]
+    _savable(name)
+    head = model.get_output_embeddings()
+    paths: dict[tuple[int, int], str] = {}
+    for path, module in model.named_modules():
+        if module is not head and (columns := input_dim(module)) is not None:
+            shape = module.weight.shape
+            paths.setdefault((shape[columns], shape[1 - columns]), path)
+    for (inputs, outputs), path in paths.items():
+        try:
+            _multiply(name, inputs, outputs, model.dtype, device)
+        except Exception as error:  # kernels refuse sizes in ways of their own
+            raise CheckpointError(
+                f"{library} does not pack {path}, which maps {inputs} to {outputs} after the cut, as {name}: "
+                f"{first_line(error)}; widths that are multiples of 64 suit it: leave --quantize-output out"
+            ) from error
+
+
+def _savable(name: Quantiser) -> Any:
+    """The `quantization_config` by which a result is packed.
+
+    Raises:
+        CheckpointError: the library is not installed, or saves nothing that can be loaded.
+    """
+    if QUANTISERS[name][0] != "bitsandbytes":
+        raise CheckpointError(f"only 8bit and 4bit results can be saved, not {name}: leave --quantize-output out")
+    return quantiser(name)
+
+
+def _multiply(name: Quantiser, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Pack a matrix of zeros in the way of `quantiser`, and multiply by it."""
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    if name == "8bit":
+        layer: Any = Linear8bitLt(inputs, outputs, bias=False, has_fp16_weights=False)
+    else:
+        layer = Linear4bit(inputs, outputs, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.weight.data.zero_()
+    with torch.no_grad():
+        layer.to(dtype).to(device).eval()(torch.zeros(1, 2, inputs, dtype=dtype, device=device))
 
 
 @contextmanager

@@ -98,7 +98,7 @@ def prune(
         typer.Option(help="loraprune: pack the frozen base: 8bit or 4bit (bitsandbytes), int8 (torchao)."),
     ] = None,
     quantize_output: Annotated[
-        str | None, typer.Option(help="loraprune: pack the result, too: 8bit or 4bit; full precision if not given.")
+        str | None, typer.Option(help="loraprune: pack the result, too: 8bit, or 4bit (widths become multiples of 64).")
     ] = None,
     push: Annotated[
         str | None, typer.Option(help="lorashear: how units become zero: half-space (the paper's) or linear.")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.allocation import Budget
-from secateur.checkpoint import Checkpoint, output_folder, quantised_copy
+from secateur.checkpoint import WIDTHS, Checkpoint, check_packable, output_folder, quantised_copy
 from secateur.config import Recipe
 from secateur.errors import BudgetError
 from secateur.pipeline.adapting import train_adapters
@@ -47,6 +48,8 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         source = load_model(recipe)  # may be quantised: what trains are adapters
         results = dense_results(source, recipe, clock, protects=protects)
         results["protocol"]["settings"] = asdict(pruning.settings)
+        if how := recipe.prune.quantize_output:
+            pruning.accept = partial(check_packable, name=how, device=source.model.device)
         outcome = _trained(source, recipe, pruning, work, resume, clock, results)
         small = add_pruned(results, outcome.model, source, recipe, clock)
         results["masked_minus_cut"] = outcome.difference
@@ -56,7 +59,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         pruning.save_adapter(folder / "adapter")
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")
-        if how := recipe.prune.quantize_output:
+        if how:
             small = quantised_copy(small, how)
             add_perplexity(results, "quantised", source, small, recipe.evaluation)
         write_checked(small, folder, source, results, plan)
@@ -90,6 +93,7 @@ def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> GradualPruning:
         ranking=prune.ranking,
         uniform=prune.same_widths,
         round_to=prune.round_to,
+        width_multiple=WIDTHS.get(prune.quantize_output, 1) if prune.quantize_output else 1,
         protect_first=prune.protect_first,
         protect_last=prune.protect_last,
         protect=protect,

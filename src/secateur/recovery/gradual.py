@@ -7,7 +7,7 @@ masks that are never lifted, a state in the Trainer's checkpoints to go on from,
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -36,6 +36,7 @@ class GradualSettings:
         ranking: `local` removes the same share everywhere, `global` the least important per parameter.
         uniform: the same widths in every layer, so that stock classes load the result.
         round_to: make channel counts multiples of this.
+        width_multiple: make the widths of all matrices that are cut multiples of this, those of heads among them.
         protect_first, protect_last: layers at the start and at the end to leave whole.
         protect: names of groups to leave whole, such as those a knowledge distribution finds most sensitive.
     """
@@ -45,6 +46,7 @@ class GradualSettings:
     ranking: Literal["local", "global"] = "local"
     uniform: bool = True
     round_to: int = 1
+    width_multiple: int = 1
     protect_first: int = 0
     protect_last: int = 0
     protect: tuple[str, ...] = ()
@@ -111,6 +113,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         left_whole: family -> why it is not pruned.
         shares: what has gone of each kind.
         candidates: names of the groups that are pruned.
+        accept: told before training of a cut model, without weights, of the final size; raises what it has against it.
     """
 
     name: ClassVar[str]
@@ -123,6 +126,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         self.left_whole: dict[str, str] = {}
         self.shares: dict[str, Any] = {}
         self.candidates: tuple[str, ...] = ()
+        self.accept: Callable[[PreTrainedModel], None] = lambda model: None
 
     def prepare(self, model: Any, checkpoint: Path | str | None = None) -> None:
         """Find out what can be pruned, and bring a model to where the run was that left `checkpoint`.
@@ -136,7 +140,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         """
         live, s = LiveModel(model), self.settings
         kinds = s.kinds or live.groups.kinds_in_blocks()
-        can = live.possible(kinds, uniform=s.uniform)
+        can = live.possible(kinds, uniform=s.uniform).in_multiples(live.groups.of_kinds(kinds), s.width_multiple)
         chosen, refused = select(live.blank, live.groups, kinds, can, named=s.kinds, uniform=s.uniform)
         self.check(live, chosen)
         self.live, self.left_whole, self.can = live, refused, can
@@ -147,7 +151,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
 
     def _try(self, live: LiveModel) -> None:
         """Make a cut of the final size on paper: what is wrong with the budget is told before training, not after."""
-        live.check_cut(self.planned(self.settings.final, zeros(live, self.candidates), settle=True))
+        self.accept(live.check_cut(self.planned(self.settings.final, zeros(live, self.candidates), settle=True)))
         self.shares = {}
 
     def check(self, live: LiveModel, chosen: Any) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,15 @@ class Expressible:
     ties: tuple[tuple[str, ...], ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     multiples: Mapping[str, int] = field(default_factory=dict)
+
+    def in_multiples(self, groups: Iterable[Group], width: int) -> Expressible:
+        """The same where the widths of all matrices that these groups lie on must be multiples of `width`."""
+        found = dict(self.multiples)
+        for group in groups:
+            for member in group.members:
+                units = width // math.gcd(width, member.index.shape[1])
+                found[group.family] = math.lcm(found.get(group.family, 1), units)
+        return replace(self, multiples=found)
 
 
 def expressible(model: PreTrainedModel, groups: Groups, kinds: Sequence[str], *, uniform: bool = True) -> Expressible:

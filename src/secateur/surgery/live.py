@@ -119,14 +119,13 @@ class LiveModel:
         self._masks = InputMasks(self.base, self.built)
         self._compare(before, self.logits(), f"{type(self.base).__name__} cut in place")
 
-    def check_cut(self, plan: PruningPlan) -> None:
-        """Make sure, without weights, that a class expresses a cut.
+    def check_cut(self, plan: PruningPlan) -> PreTrainedModel:
+        """Make sure that a class expresses a cut: the cut model without weights.
 
         Raises:
             PlanError: none does.
         """
-        if plan.kept:
-            unloaded_cut(self.blank, self.groups, plan.kept, self.twin)
+        return unloaded_cut(self.blank, self.groups, plan.kept, self.twin).model if plan.kept else self.blank
 
     def check_compaction(self, groups: Sequence[Group]) -> None:
         """Make sure that the modules of these groups can be cut in place.
