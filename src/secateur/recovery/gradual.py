@@ -206,9 +206,11 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
             raise PlanError(f"training ended at a share of {reached:.4g}, before the {final:g} asked for: let it go on")
         model, difference = self.live.assembled()
         plan = self.live.plan
+        names = [g.name for g in self.live.groups if g.name in plan.kept]  # in one order, also after a kill
+        kept, units = {n: plan.kept[n] for n in names}, {n: plan.units[n] for n in names}
         facts = asdict(self.settings) | {"budget": self.settings.budget.as_dict(), "sparsity": self.sparsity}
         return GradualResult(
-            model, PruningPlan(plan.kept, plan.units, {self.name: facts}), difference, self.shares, self.left_whole
+            model, PruningPlan(kept, units, {self.name: facts}), difference, self.shares, self.left_whole
         )
 
     def save_adapter(self, folder: Path) -> None:
