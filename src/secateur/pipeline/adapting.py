@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ def train_adapters(
 
     Args:
         pruning: callback of the Trainer with `prepare(model, checkpoint)`, which refuses what cannot be pruned.
-        work: folder of the training checkpoints; one of an earlier run is replaced, once the input has been checked.
+        work: folder of the training checkpoints.
         resume: go on from the last checkpoint in it.
     """
     assert recipe.recovery is not None
@@ -38,8 +37,6 @@ def train_adapters(
     initial = adapted.num_parameters(only_trainable=True)
     pruning.prepare(adapted, last_checkpoint(work) if resume else None)
     clock.begin("train")
-    if work.exists() and not resume:
-        shutil.rmtree(work)
     log, _ = train(
         adapted,
         needs_tokenizer(source),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from secateur.benchmark import bench
 from secateur.config import Recipe, dump_recipe
-from secateur.errors import CheckpointError, RecipeError
+from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.recovering import joined, recover_checkpoint
 from secateur.pipeline.results import Results, load_model, write_json
@@ -25,13 +27,18 @@ def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite:
     Raises:
         SecateurError: for anything wrong with the input, or a run folder made by another recipe.
     """
-    _open_run(recipe, output, resume, overwrite)
-    if recipe.tune is not None:
-        adapter = output / "adapter"
-        results = _finished(adapter) or tune(recipe, adapter, resume=resume)
+    with _open_run(recipe, output, resume, overwrite):
+        results = _run(recipe, output, resume)
         results["command"] = "run"
         write_json(output / "results.json", results)
-        return results
+    return results
+
+
+def _run(recipe: Recipe, output: Path, resume: bool) -> Results:
+    """The stages of a recipe that are not complete yet, and the results of them all."""
+    if recipe.tune is not None:
+        adapter = output / "adapter"
+        return _finished(adapter) or tune(recipe, adapter, resume=resume)
     pruned, recovered = output / "pruned", output / "recovered"
     if recipe.method.trains:
         results = _finished(pruned) or prune_while_training(recipe, pruned, resume=resume)
@@ -44,13 +51,15 @@ def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite:
         dense = load_model(recipe)
         small = load_model(recipe, recovered if recipe.recovers else pruned)
         results["benchmark"] = bench(small.model, against=dense.model).to_json()
-    results["command"] = "run"
-    write_json(output / "results.json", results)
     return results
 
 
-def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> None:
-    """Make the run folder, or check that the one to resume belongs to this recipe."""
+@contextmanager
+def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+    """Make the run folder, or check that the one to resume belongs to this recipe.
+
+    It goes if the block ends with a user's error and nothing but the recipe is in it.
+    """
     text = dump_recipe(recipe)
     file = output / "recipe.yaml"
     if resume and file.exists() and file.read_text() != text:
@@ -61,6 +70,12 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> No
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
+    try:
+        yield
+    except SecateurError:
+        if list(output.iterdir()) == [file]:
+            shutil.rmtree(output)
+        raise
 
 
 def _finished(folder: Path) -> Results | None:

@@ -54,8 +54,6 @@ def recover_checkpoint(
         clock.begin("evaluate_pruned")
         add_perplexity(results, "pruned", source, source.model, recipe.evaluation)
         clock.begin("recover")
-        if work.exists() and not resume:  # not before the input has been checked
-            shutil.rmtree(work)
         outcome = recover(
             source.model,
             needs_tokenizer(source),

@@ -1,15 +1,18 @@
-"""Hooks into the Trainer: stop on a broken loss, tell losses, and measure texts while training."""
+"""Hooks into the Trainer: stop on a broken loss, tell losses, measure texts while training, and keep a run's folder."""
 
 from __future__ import annotations
 
 import math
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from secateur.errors import NonFiniteError
+from secateur.errors import NonFiniteError, SecateurError
 
 
 class StopOnBrokenLoss(TrainerCallback):  # type: ignore[misc]
@@ -49,3 +52,34 @@ class MeasureTexts(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         if state.global_step % self.every == 0:
             state.log_history.append({"step": state.global_step, "perplexity": self.evaluate(model)})
+
+
+class OwnFolder(TrainerCallback):  # type: ignore[misc]
+    """The folder of a run: what an earlier one left there goes when training begins, not before.
+
+    To be the Trainer's last callback, since the others may refuse to begin.
+
+    Args:
+        folder: with training checkpoints; need not exist.
+        resume: the run goes on from what is there.
+    """
+
+    def __init__(self, folder: Path, resume: bool) -> None:
+        self.folder = folder
+        self.resume = resume
+        self.new = not folder.exists()
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.resume and not self.new and state.is_world_process_zero:
+            shutil.rmtree(self.folder)
+            self.new = True
+
+    @contextmanager
+    def gone_after_an_error(self) -> Iterator[None]:
+        """Remove the folder if the block ends with a user's error, unless checkpoints of an earlier run are in it."""
+        try:
+            yield
+        except SecateurError:
+            if self.new:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise

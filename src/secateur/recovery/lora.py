@@ -16,7 +16,7 @@ import torch
 
 from secateur.data import Corpus
 from secateur.errors import DataError, RecipeError, first_line
-from secateur.recovery.callbacks import MeasureTexts, PrintLosses, StopOnBrokenLoss
+from secateur.recovery.callbacks import MeasureTexts, OwnFolder, PrintLosses, StopOnBrokenLoss
 from secateur.recovery.examples import IGNORED, training_examples
 from secateur.recovery.rounds import Rounds, check_pooled, mix_record
 from secateur.recovery.sources import sources_of
@@ -149,6 +149,8 @@ def train(
 ) -> tuple[list[dict[str, Any]], float]:
     """Train the adapters in a model; arguments as for `recover`.
 
+    What an earlier run left in `output` is replaced when training begins; what this one does vanishes with its error.
+
     Args:
         callbacks: of the Trainer, in addition to our own.
 
@@ -160,6 +162,7 @@ def train(
         NonFiniteError: the loss becomes NaN or infinite.
     """
     started = last_checkpoint(output) if resume else None
+    folder = OwnFolder(output, resume)
     ours: list[TrainerCallback] = []
     if settings.mix == "proportional":
         from datasets import Dataset
@@ -177,13 +180,14 @@ def train(
         if started is None:
             rounds.measure_dense(dense)
         ours, data = [rounds], rounds.data
-    trainer = _trainer(adapted, tokenizer, data, arguments)
     if evaluate is not None and settings.eval_every:
         ours.append(MeasureTexts(evaluate, settings.eval_every))
-    for callback in [*ours, *callbacks]:
-        trainer.add_callback(callback)
     begin = time.perf_counter()
-    trainer.train(resume_from_checkpoint=started)
+    with folder.gone_after_an_error():
+        trainer = _trainer(adapted, tokenizer, data, arguments)
+        for callback in [*ours, *callbacks, folder]:
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=started)
     return list(trainer.state.log_history), round(time.perf_counter() - begin, 3)
 
 

@@ -1,0 +1,88 @@
+"""What commands that train leave beside their output: nothing after a user's error, checkpoints after a kill."""
+
+import pytest
+
+from secateur.errors import CheckpointError
+from secateur.methods.loraprune import LoRAPrune
+
+TRAINING = ["--seq-len", "16", "--batch-size", "2"]
+
+
+@pytest.fixture
+def prune(secateur, checkpoint_folder, text_file, tmp_path):
+    """`prune` with a method that trains, into `out`."""
+
+    def run(*options, method="loraprune", steps=3):
+        given = ["-o", tmp_path / "out", "--method", method, "--sparsity", "0.3", "--data", text_file, *TRAINING]
+        return secateur("prune", checkpoint_folder, *given, "--steps", steps, *options)
+
+    return run
+
+
+@pytest.fixture
+def killed(tmp_path):
+    """What a killed run left."""
+    file = tmp_path / "out.work" / "checkpoints" / "checkpoint-2" / "trainer_state.json"
+    file.parent.mkdir(parents=True)
+    file.write_text("{}")
+    return file
+
+
+WRONG = {  # errors just before the first step, and amid the steps
+    "too few steps": ({"method": "lorashear"}, ["--periods", "10"], "do not fit"),
+    "diverging": ({"steps": 40}, ["--learning-rate", "1e30"], "lower the learning rate"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_error_while_training_leaves_nothing(prune, tmp_path, wrong):
+    how, options, words = WRONG[wrong]
+    code, _, err = prune(*options, **how)
+    assert code == 2 and words in " ".join(err.split()), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [[], ["--resume"]])
+def test_an_error_before_training_leaves_what_a_killed_run_left(prune, killed, options):
+    killed.parent.rename(killed.parent.with_name("checkpoint-none"))  # none to go on from
+    kept = killed.parent.with_name("checkpoint-none") / killed.name
+    code, _, err = prune("--periods", "10", *options, method="lorashear")
+    assert code == 2 and "do not fit" in err and kept.is_file()
+
+
+def test_a_run_that_trains_takes_the_place_of_a_killed_one(prune, killed, tmp_path):
+    code, _, err = prune("--learning-rate", "1e30", steps=40)
+    assert code == 2 and "lower the learning rate" in err and not list(tmp_path.iterdir())
+
+
+def test_checkpoints_outlive_an_error_after_training(prune, tmp_path, monkeypatch):
+    """A full disk, say: there is much to lose by then, and nothing was wrong with the input."""
+
+    def full(self):
+        raise CheckpointError("no space left")
+
+    monkeypatch.setattr(LoRAPrune, "finish", full)
+    code, _, err = prune()
+    assert code == 2 and "no space left" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.work"]
+    assert (tmp_path / "out.work" / "checkpoints" / "checkpoint-3").is_dir()
+
+
+def test_recovery_leaves_nothing_after_an_error(secateur, checkpoint_folder, text_file, tmp_path, killed):
+    given = ["-o", tmp_path / "out", "--data", text_file, *TRAINING, "--steps", "40", "--learning-rate", "1e30"]
+    code, _, err = secateur("recover", checkpoint_folder, *given, "--mix", "dynamic")
+    assert code == 2 and killed.is_file(), err
+    code, _, err = secateur("recover", checkpoint_folder, *given)
+    assert code == 2 and "lower the learning rate" in err and not list(tmp_path.iterdir())
+
+
+def test_a_recipe_leaves_no_folder_after_an_error_in_its_first_stage(secateur, checkpoint_folder, text_file, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {{source: '{checkpoint_folder}'}}\n"
+        "method: {name: lorashear, periods: 10}\n"
+        "prune: {param_sparsity: 0.3}\n"
+        f"recovery: {{data: ['{text_file}'], steps: 3, batch_size: 2, micro_batch_size: 2, seq_len: 16}}\n"
+    )
+    code, _, err = secateur("run", recipe, "-o", tmp_path / "run")
+    assert code == 2 and "do not fit" in err and not (tmp_path / "run").exists()
