@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,6 +203,35 @@ def test_experts_stay_and_the_attention_around_them_goes(tmp_path):
     result = pruning.finish()
     assert {pruning.live.groups.named(name).kind for name in result.plan.kept} == {"kv_group"}
     assert any("expert_channel" in family for family in result.left_whole) and result.difference < 1e-4
+
+
+def test_fused_projections_are_compacted_in_place(tmp_path):
+    """Phi-3's gate and up projections in one matrix; its attention reads sizes from the configuration (refused)."""
+    pair = twice(adapted(make("phi3").double()), kinds=("ffn_channel",), frequency=2, compact_every=3)
+    (masked, _), (compacted, _) = pair
+    masked.settings = replace(masked.settings, compact_every=None)
+    found = [run(model, tmp_path, 6, pruning)[1] for pruning, model in pair]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-12)
+    assert compacted.live.plan.kept == masked.live.plan.kept
+    layer = compacted.live.base.model.layers[0].mlp
+    left = len(compacted.live.plan.kept["model.layers.0.mlp/ffn_channel"])
+    assert left < 44 and layer.gate_up_proj.lora_B["default"].weight.shape == (2 * left, 4)
+    assert layer.down_proj.base_layer.weight.shape == (48, left)
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "ademamix"])
+def test_an_optimizer_whose_state_cannot_be_cut_is_refused_at_the_first_step(optimizer, tmp_path):
+    """Adafactor keeps sums over rows and columns; AdEMAMix stacks two moments."""
+    pruning = LoRAPrune(0.3, frequency=2, compact_every=6)
+    with pytest.raises(PlanError, match=r"the optimizer keeps .* take another optimizer, or masks alone"):
+        run(adapted(make("llama")), tmp_path, 8, pruning, optim=optimizer)
+    assert not pruning.history
+    run(adapted(make("llama")), tmp_path, 8, LoRAPrune(0.3, frequency=2), optim=optimizer)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_8bit", "lion_32bit", "adagrad"])
+def test_optimizers_whose_state_is_cut(optimizer, tmp_path):
+    run(adapted(make("llama")), tmp_path, 6, LoRAPrune(0.3, frequency=2, compact_every=3), optim=optimizer)
 
 
 class Die(TrainerCallback):

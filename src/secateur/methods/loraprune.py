@@ -95,6 +95,7 @@ class LoRAPrune(GradualPruning):
         super().__init__(LoRAPruneSettings(budget_of("LoRAPrune", sparsity, settings), **settings))
         self._share(0, 1)  # checks the schedule
         self.average = GuidedAverage(self.settings.variant, self.settings.normalise, self.settings.ema)
+        self._state_checked = False
 
     def check(self, live: LiveModel, chosen: Any) -> None:
         """Refuse adapters that cannot guide, weights without gradients, and modules that cannot be compacted."""
@@ -139,6 +140,9 @@ class LoRAPrune(GradualPruning):
         """Steps 2 and 3."""
         assert self.live is not None
         step, steps, every = state.global_step, state.max_steps, self.settings
+        if every.compact_every and optimizer.state and not self._state_checked:  # which is made with the first step
+            self.live.check_state(self.candidates, optimizer)
+            self._state_checked = True
         last = self._done(step, steps) and not self._done(step - 1, steps)
         due = step % every.frequency == 0 or (step == 1 and every.initial > 0)
         if last or (due and not self._done(step, steps)):

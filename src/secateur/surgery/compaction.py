@@ -68,15 +68,27 @@ def compact(
         PlanError: a weight is stored in packed form, or the optimizer keeps state of other shapes than its parameters.
     """
     check_unpacked(model)
+    check_state(model, groups, kept, optimizer)
     changes = list(size_attributes(model, groups, kept, lambda path: path.removesuffix(ADAPTED)))
-    cuts = [cut for name, dims in groups.kept_positions(kept).items() for cut in _cuts(model, name, dims)]
-    for cut in cuts:
-        cut.check(optimizer)
-    for cut in cuts:
+    for cut in _all_cuts(model, groups, kept):
         cut.apply(optimizer)
     for slot, module, _, new in changes:
         if slot in slots:
             setattr(module, slot[1], new)
+
+
+def check_state(model: nn.Module, groups: Groups, kept: Kept, optimizer: Optimizer | None) -> None:
+    """Make sure that what the optimizer keeps can be cut with all units but `kept`; arguments as for `compact`.
+
+    Raises:
+        PlanError: it keeps state of other shapes than its parameters.
+    """
+    for cut in _all_cuts(model, groups, kept):
+        cut.check(optimizer)
+
+
+def _all_cuts(model: nn.Module, groups: Groups, kept: Kept) -> list[Cut]:
+    return [cut for name, dims in groups.kept_positions(kept).items() for cut in _cuts(model, name, dims)]
 
 
 def _cuts(model: nn.Module, name: str, dims: Mapping[int, IndexArray]) -> Sequence[Cut]:

@@ -40,7 +40,8 @@ class Cut:
             if isinstance(value, Tensor) and value.dim() and value.shape != tensor.shape:
                 raise PlanError(
                     f"the optimizer keeps {key} of shape {tuple(value.shape)} for a parameter of shape "
-                    f"{tuple(tensor.shape)}, which cannot be cut along: take another optimizer, or masks alone"
+                    f"{tuple(tensor.shape)}, which cannot be cut along: take another optimizer, or masks alone "
+                    "(no compact_every)"
                 )
 
     def apply(self, optimizer: Optimizer | None) -> None:

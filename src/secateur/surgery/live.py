@@ -26,7 +26,7 @@ from secateur.groups import Group, Groups
 from secateur.packed import dense_weight, packed_weights
 from secateur.plan import PruningPlan
 from secateur.surgery.adapters import PREFIX, is_adapted, unsupported
-from secateur.surgery.compaction import attributes_to_follow, compact
+from secateur.surgery.compaction import attributes_to_follow, check_state, compact
 from secateur.surgery.expressible import Expressible, expressible
 from secateur.surgery.input_masks import InputMasks, base_of, input_dim, not_maskable
 from secateur.surgery.per_layer import is_per_layer, skeleton
@@ -134,6 +134,15 @@ class LiveModel:
             PlanError: they read their sizes from the configuration.
         """
         self._slots(tuple(sorted({g.family for g in groups})))
+
+    def check_state(self, names: Sequence[str], optimizer: Optimizer) -> None:
+        """Make sure that what an optimizer keeps can be cut with these groups, once it has made a step.
+
+        Raises:
+            PlanError: it cannot.
+        """
+        kept = {name: range(self.built.named(name).units - 1) for name in names}
+        check_state(self.base, self.built, kept, optimizer)
 
     def restore(self, removed: PruningPlan, plan: PruningPlan) -> None:
         """Bring an uncut model to where another run was: what it had removed for good, and its `plan`."""
