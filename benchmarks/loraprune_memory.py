@@ -1,7 +1,7 @@
 """What LoRA-guided importance saves: peak memory of a scoring step with all gradients, and of a training step without.
 
     python benchmarks/loraprune_memory.py --output benchmarks/results/loraprune_memory.json
-    python benchmarks/loraprune_memory.py --device cuda --shape llama-3-8b --output ...   # as far as memory goes
+    python benchmarks/loraprune_memory.py --device cuda --shape llama-3-8b --output ...   # see gpu/README.md
 
 On a Llama with random weights, each way runs in a process of its own (peak memory of a process never falls):
 
@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from scoring_memory import SHAPE, by_definition, resident
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import secateur as sc
 from secateur.checkpoint import load
@@ -47,6 +47,8 @@ from secateur.surgery.live import LiveModel
 LARGE = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
          "num_attention_heads": 32, "num_key_value_heads": 8}  # fmt: skip
 SHAPES = {
+    "tiny": SHAPE | {"vocab_size": 1024, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "num_key_value_heads": 2},
     "150m": SHAPE,
     "llama-3-8b": LARGE,
     "llama-13b": LARGE | {"vocab_size": 32000, "hidden_size": 5120, "intermediate_size": 13824,
@@ -166,7 +168,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(**SHAPES[args.shape], dtype=args.dtype)).to(getattr(torch, args.dtype))
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[args.shape]), dtype=getattr(torch, args.dtype))
         model.save_pretrained(scratch)
         parameters = model.num_parameters()
         del model

@@ -110,7 +110,8 @@ def memory(found: Iterable[Data]) -> list[str]:
                 lines.append(f"{how} | | | {r['failed']} |")
                 continue
             sizes = [f"{r[name] / 2**20:,.0f} MiB" for name in ("weights_bytes", "peak_bytes")]
-            lines.append(f"{how} {sizes[0]} | {sizes[1]} | {r['peak_ratio']:.2f} | {r['seconds']:.2f} |")
+            ratio = f"{r['peak_ratio']:.2f}" if "peak_ratio" in r else ""  # none where `full_gradients` did not fit
+            lines.append(f"{how} {sizes[0]} | {sizes[1]} | {ratio} | {r['seconds']:.2f} |")
         lines.append("")
     return lines
 
