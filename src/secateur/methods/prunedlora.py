@@ -20,7 +20,7 @@ training components are set to zero with their moments, and leave when training 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
 
 
 def prune_adapter(
-    model: Any, batches: Sequence[Tensor], settings: PrunedLoRASettings, events: int = 8
+    model: Any, batches: Sequence[Tensor | Mapping[str, Tensor]], settings: PrunedLoRASettings, events: int = 8
 ) -> list[dict[str, Any]]:
     """Prune a trained adapter to the target rank in place, with gradients on calibration data, and without training.
 
@@ -183,7 +183,8 @@ def prune_adapter(
 
     Args:
         model: a `PeftModel` whose adapter can be trained (`is_trainable=True`).
-        batches: token ids, each [sequences, length]; every token but the first of a sequence is a label.
+        batches: token ids, each [sequences, length], where every token but the first of a sequence is a label; or what
+            the model is called with to give a loss (`input_ids`, `attention_mask`, `labels`).
         settings: the schedule has no part: equal numbers go each time.
         events: removals.
 
@@ -211,7 +212,7 @@ def prune_adapter(
     return history
 
 
-def _measure(model: Any, batches: Sequence[Tensor], pruner: Pruner, factors: Sequence[Tensor]) -> None:
+def _measure(model: Any, batches: Sequence[Tensor | Mapping[str, Tensor]], pruner: Pruner, factors: Sequence[Tensor]) -> None:
     """The averages over all batches, each of the same weight, and the mean gradients."""
     means = [torch.zeros_like(factor) for factor in factors]
     for average in pruner.averages.values():
@@ -228,9 +229,9 @@ def _measure(model: Any, batches: Sequence[Tensor], pruner: Pruner, factors: Seq
         factor.grad = mean
 
 
-def _backward(model: Any, batch: Tensor) -> None:
+def _backward(model: Any, batch: Tensor | Mapping[str, Tensor]) -> None:
     """Gradients of the mean loss of one batch; its graph is gone then, for it knows the shapes of the factors."""
-    loss = model(input_ids=batch, labels=batch).loss
+    loss = model(**({"input_ids": batch, "labels": batch} if isinstance(batch, Tensor) else batch)).loss
     if not torch.isfinite(loss):
         raise NonFiniteError(f"the loss on the calibration data is {float(loss)}: check the adapter and its base")
     loss.backward()
