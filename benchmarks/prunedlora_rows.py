@@ -27,29 +27,37 @@ from secateur.surgery.rank_schedule import PrunedLoRASettings
 
 OURS = ComponentCriterion()
 TRAINED = ("lora", "rslora", "dora", "adalora", "lora-initial")
-CRITERIA: Mapping[str, ComponentCriterion] = {
-    "paper": PAPER,
-    "paper-masks": replace(PAPER, recover=False),  # the first revision of its code
-    "paper-no-newton": replace(PAPER, newton=0.0),
-    "ours": OURS,
-    "gradient": replace(OURS, ema=0.0),
-    "slow": replace(OURS, ema=0.98),
-    "both": replace(OURS, factors="both"),
-    "b": replace(OURS, factors="b"),
-    "a": replace(OURS, factors="a"),
-    "newton": replace(OURS, newton=0.1),
-    "newton-whole": replace(OURS, newton=1.0),
-    "single": replace(OURS, joint=False),
-    "unbalanced": replace(OURS, balance=False),
-    "masks": replace(OURS, recover=False),
-    "damped": replace(OURS, damping=0.1),
-    "damped-whole": replace(OURS, damping=1.0),
-    "undamped": replace(OURS, damping=1e-4),
-    "activation": ComponentCriterion("activation"),
-    "activation-masks": ComponentCriterion("activation", recover=False),
-    "magnitude": ComponentCriterion("magnitude"),
-    "taylor": ComponentCriterion("taylor"),
-    "sensitivity": ComponentCriterion("sensitivity"),
+FORMS: Mapping[str, Mapping[str, Any]] = {  # settings that differ from ours
+    "ours": {},
+    "paper": {"criterion": PAPER, "keep": "scale"},
+    "paper-masks": {"criterion": replace(PAPER, recover=False), "keep": "scale"},  # the first revision of its code
+    "paper-no-newton": {"criterion": replace(PAPER, newton=0.0), "keep": "scale"},
+    "magnitude": {"criterion": ComponentCriterion("magnitude")},
+    "taylor": {"criterion": ComponentCriterion("taylor")},  # LLM-Pruner's, component by component
+    "activation": {"criterion": ComponentCriterion("activation")},  # SparseGPT's problem
+    "sensitivity": {"criterion": ComponentCriterion("sensitivity")},
+    "activation-masks": {"criterion": ComponentCriterion("activation", recover=False)},
+    "gradient": {"criterion": replace(OURS, ema=0.0)},
+    "slow": {"criterion": replace(OURS, ema=0.98)},
+    "both": {"criterion": replace(OURS, factors="both")},
+    "b": {"criterion": replace(OURS, factors="b")},
+    "a": {"criterion": replace(OURS, factors="a")},
+    "newton": {"criterion": replace(OURS, newton=0.1)},
+    "newton-whole": {"criterion": replace(OURS, newton=1.0)},
+    "single": {"criterion": replace(OURS, joint=False)},
+    "unbalanced": {"criterion": replace(OURS, balance=False)},
+    "masks": {"criterion": replace(OURS, recover=False)},
+    "undamped": {"criterion": replace(OURS, damping=1e-4)},
+    "damped": {"criterion": replace(OURS, damping=0.1)},
+    "damped-whole": {"criterion": replace(OURS, damping=1.0)},
+    "scale": {"keep": "scale"},
+    "alpha": {"keep": "alpha"},
+    "early": {"cooldown": 0.7},
+    "middle": {"cooldown": 0.5},
+    "late": {"cooldown": 0.3},
+    "often": {"every": 2},
+    "seldom": {"every": 15},
+    "once": {"every": 50, "warmup": 0.0, "cooldown": 0.5},
 }
 AFTER, GLOBAL = "after-", "-global"  # prunes what `lora-initial` trains; with one budget for all modules
 EDGE = 20  # steps at the start and at the end whose time is told
@@ -64,7 +72,7 @@ class Size(TrainerCallback):  # type: ignore[misc]
         self.begin = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.begin = time.perf_counter()
+        self.begin = time.process_time()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         if hasattr(model.base_model, "update_and_allocate"):
@@ -73,7 +81,7 @@ class Size(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        self.seconds.append(time.perf_counter() - self.begin)
+        self.seconds.append(time.process_time() - self.begin)
         trained = [p for p in model.parameters() if p.requires_grad]
         kept = [t for p in trained for t in optimizer.state.get(p, {}).values() if isinstance(t, torch.Tensor)]
         self.bytes.append(sum(t.numel() * t.element_size() for t in [*trained, *kept]))
@@ -101,29 +109,32 @@ def adapted(model: Any, method: str, target: int, seed: int, args: Namespace) ->
 
 def settings_of(method: str, target: int, args: Namespace) -> PrunedLoRASettings:
     """What prunes in a row."""
-    name = method.removeprefix(AFTER).removesuffix(GLOBAL)
-    scope: Any = "global" if method.endswith(GLOBAL) else "adapter"
-    return PrunedLoRASettings(
-        target, every=args.every, scope=scope, warmup=args.warmup, cooldown=args.cooldown, criterion=CRITERIA[name]
-    )
+    form = FORMS[method.removeprefix(AFTER).removesuffix(GLOBAL)]
+    scope = "global" if method.endswith(GLOBAL) else "adapter"
+    return PrunedLoRASettings(target, **{"every": args.every, "scope": scope, **form})
 
 
 def trained(
-    base: Any, tokenizer: Any, task: Task, method: str, target: int, seed: int, rate: float, args: Namespace
+    base: Any, tokenizer: Any, task: Task, key: Mapping[str, Any], args: Namespace
 ) -> tuple[Any, dict[str, Any]]:
     """The model that a method trains, and what was recorded on the way.
+
+    Args:
+        key: has `method`, `target_rank`, `seed` and `learning_rate`.
 
     Raises:
         NonFiniteError: the loss breaks.
     """
+    method, target, seed = key["method"], key["target_rank"], key["seed"]
     model, size = adapted(base, method, target, seed, args), Size()
     pruning = None if method in TRAINED else PrunedLoRA(target)
     if pruning is not None:
         pruning.settings = settings_of(method, target, args)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, max_steps=args.steps, per_device_train_batch_size=args.batch_size, learning_rate=rate,
-            warmup_steps=args.steps // 20, logging_steps=10, save_strategy="no", seed=seed, report_to="none",
+            folder, max_steps=args.steps, per_device_train_batch_size=args.batch_size,
+            learning_rate=key["learning_rate"], warmup_steps=args.steps // 20, logging_steps=10, save_strategy="no",
+            seed=seed, report_to="none",
             use_cpu=not torch.cuda.is_available(), disable_tqdm=True, train_sampling_strategy="group_by_length",
         )  # fmt: skip
         logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
@@ -134,11 +145,10 @@ def trained(
         trainer.remove_callback(PrinterCallback)
         if pruning is not None:
             trainer.add_callback(pruning)
-        begin = time.perf_counter()
+        begin = time.process_time()
         trainer.train()
-        seconds = time.perf_counter() - begin
-    facts: dict[str, Any] = {"method": method, "target_rank": target, "seed": seed, "learning_rate": rate}
-    facts["seconds"] = round(seconds, 2)
+        seconds = time.process_time() - begin
+    facts: dict[str, Any] = {"seconds": round(seconds, 2)}
     facts["adapter_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     facts["state_bytes"] = {"first": size.bytes[0], "most": max(size.bytes), "last": size.bytes[-1]}
     facts["step_seconds"] = {"first": mean(size.seconds[:EDGE]), "last": mean(size.seconds[-EDGE:])}
@@ -152,9 +162,9 @@ def pruned_after(
     model = copy.deepcopy(model).train()
     size, collate = args.batch_size, _collator(tokenizer)
     batches = [dict(collate(task.learn[i * size : (i + 1) * size])) for i in range(args.calibration)]
-    begin = time.perf_counter()
+    begin = time.process_time()
     prune_adapter(model, batches, settings_of(method, target, args), events=args.events)
-    mine = {"method": method, "target_rank": target, "prune_seconds": round(time.perf_counter() - begin, 2)}
+    mine = {"method": method, "target_rank": target, "prune_seconds": round(time.process_time() - begin, 2)}
     mine["adapter_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return model, dict(facts) | mine
 

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import secateur as sc
-from secateur.data import Corpus
 from secateur.recovery.examples import IGNORED, Example, packed_windows
 
-VALIDATION, LEARN = 1000, 10_000  # examples of the training files: the first ones, and those after them
+VALIDATION, LEARN, SHORT = 1000, 10_000, 24  # examples for validation; to learn from, of at most so many tokens
 PROMPT, WORDS = "It was", (" bad", " good")  # after the sentence, and what is to follow for a label of 0 and of 1
 EVALUATION_BATCH = 32
 
@@ -48,31 +47,32 @@ def alpaca(folder: Path, tokenizer: Any, seq_len: int) -> Task:
     """
     corpus = sc.load_corpus(folder / "alpaca" / "alpaca_14k.jsonl.gz")
     parts = {"learn": corpus.rows[:5000], "validation": corpus.rows[-800:-400], "held_out": corpus.rows[-400:]}
-    made = {
-        name: packed_windows(Corpus(name, rows, corpus.sha256, corpus.source), tokenizer, seq_len)[: 150 if number else None]
-        for number, (name, rows) in enumerate(parts.items())
-    }  # fmt: skip
+    made = {name: packed_windows(replace(corpus, rows=rows), tokenizer, seq_len) for name, rows in parts.items()}
+    made |= {name: made[name][:150] for name in ("validation", "held_out")}
     facts = {"files": {"alpaca_14k.jsonl.gz": corpus.sha256}, "windows": {name: len(w) for name, w in made.items()}}
     return Task("alpaca", facts, **made)
 
 
 def sst2(folder: Path, tokenizer: Any, seq_len: int) -> Task:
-    """A sentence, "It was", and one token that says which; it alone is learned. Sentences lose their beginning.
+    """A sentence, "It was", and one token that says which; it alone is learned. Long sentences lose their beginning.
 
-    The dev file is held out; of the training file, the first part is for validation.
+    The dev file is held out. Of the training file, the first part is for validation; the rest are parts of sentences,
+    too, and only the short ones are learned from, which hold as many labels in fewer tokens.
     """
     files = {name: folder / "glue" / f"sst2_{name}.jsonl.gz" for name in ("train", "dev")}
     labels = _label_tokens(tokenizer)
-    train, dev = (
-        [_example(record, tokenizer, seq_len, labels) for record in _records(file)] for file in files.values()
-    )
-    held = [record["label"] for record in _records(files["dev"])]
+    records = _records(files["train"])[: VALIDATION + 3 * LEARN], _records(files["dev"])
+    train, dev = ([_example(record, tokenizer, seq_len, labels) for record in part] for part in records)
+    learn = [example for example in train[VALIDATION:] if len(example["input_ids"]) <= SHORT][:LEARN]
+    positive = [sum(record["label"] for record in part) / len(part) for part in (records[0][:VALIDATION], records[1])]
     facts = {
         "files": {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files.values()},
-        "majority": max(sum(held), len(held) - sum(held)) / len(held),
+        "majority": dict(zip(("validation", "held_out"), (max(p, 1 - p) for p in positive), strict=True)),
+        "examples": {"learn": len(learn), "validation": VALIDATION, "held_out": len(dev)},
+        "longest": {"learn": SHORT, "others": seq_len},
         "label_tokens": [tokenizer.convert_ids_to_tokens(token) for token in labels],
     }
-    return Task("sst2", facts, train[VALIDATION : VALIDATION + LEARN], train[:VALIDATION], dev, labels)
+    return Task("sst2", facts, learn, train[:VALIDATION], dev, labels)
 
 
 TASKS: Mapping[str, Callable[[Path, Any, int], Task]] = {"alpaca": alpaca, "sst2": sst2}
@@ -86,7 +86,8 @@ def measured(model: Any, examples: Sequence[Example], labels: tuple[int, int] | 
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     for begin in range(0, len(order), EVALUATION_BATCH):
         rows = [examples[i] for i in order[begin : begin + EVALUATION_BATCH]]
-        ids, mask, targets = (_padded(rows, key, fill) for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED)))  # fmt: skip
+        fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+        ids, mask, targets = (_padded(rows, key, fill) for key, fill in fills.items())
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         targets = targets[:, 1:]
         wanted = targets != IGNORED

@@ -210,6 +210,7 @@ class TuneSettings(Section):
     floor: int = Field(1, ge=1)
     warmup: float = Field(0.1, ge=0, lt=1)
     cooldown: float = Field(0.3, ge=0, lt=1)
+    keep: Literal["alpha", "scale"] = "scale"
     criterion: ComponentSettings = ComponentSettings()
 
 

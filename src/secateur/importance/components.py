@@ -195,6 +195,11 @@ class ComponentCriterion:
             _average(state, "mean", now, AVERAGE)
             _average(state, "uncertainty", (now - state["mean"]).abs(), AVERAGE)
 
+    def rescaled(self, state: State, share: float) -> State:
+        """The averages for factors divided by the root of `share`, whose gradients have grown by it."""
+        grown = {"fisher": share, "activation": 1 / share}.get(self.kind, 1.0)
+        return {key: tensor * grown for key, tensor in state.items()}
+
     def verdict(self, pair: Pair, state: State, count: int, name: str) -> Verdict:
         """Which `count` components to remove, from the first to go.
 

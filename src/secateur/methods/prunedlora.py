@@ -72,7 +72,7 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
             PlanError: there is no adapter, or its components cannot be removed.
             CheckpointError: the checkpoint is not of such a run.
         """
-        self.pruner = Pruner(model, self.settings.criterion, self.settings.adapter)
+        self.pruner = Pruner(model, self.settings.criterion, self.settings.adapter, self.settings.keep)
         self.history = [record(0, self.pruner.ranks)]
         if checkpoint is not None:
             self._load(Path(checkpoint) / STATE)
@@ -148,7 +148,8 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
         tensors = {f"{name}|{PRESENT}": index for name, index in self.pruner.present.items()}
         for name, state in self.pruner.averages.items():
             tensors |= {f"{name}|{key}": tensor.contiguous() for key, tensor in state.items()}
-        facts = {"initial": self.pruner.initial, "stored": self.pruner.parts.ranks, "history": self.history}
+        parts = self.pruner.parts
+        facts = {"initial": self.pruner.initial, "stored": parts.ranks, "scales": parts.scales, "history": self.history}
         save_file(tensors, file, {key: json.dumps(value) for key, value in facts.items()})
 
     def _load(self, file: Path) -> None:
@@ -165,6 +166,7 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
         if json.loads(facts["initial"]) != pruner.initial:
             raise CheckpointError(f"{file} is of a run with another adapter: other modules, or another initial rank")
         pruner.parts.shrink_to(json.loads(facts["stored"]))
+        pruner.parts.set_scales(json.loads(facts["scales"]))
         for key, tensor in tensors.items():
             name, _, what = key.rpartition("|")
             if what == PRESENT:
@@ -195,7 +197,7 @@ def prune_adapter(
         PlanError: the components cannot be removed, or the adapter is frozen.
         NonFiniteError: a loss or score is NaN or infinite.
     """
-    pruner = Pruner(model, settings.criterion, settings.adapter)
+    pruner = Pruner(model, settings.criterion, settings.adapter, settings.keep)
     factors = [f for n in pruner.initial for f in (pruner.parts.up(n), pruner.parts.down(n))]
     if not all(f.requires_grad for f in factors):
         raise PlanError("the adapter is frozen, so it has no gradients: load it with is_trainable=True")
@@ -212,7 +214,9 @@ def prune_adapter(
     return history
 
 
-def _measure(model: Any, batches: Sequence[Tensor | Mapping[str, Tensor]], pruner: Pruner, factors: Sequence[Tensor]) -> None:
+def _measure(
+    model: Any, batches: Sequence[Tensor | Mapping[str, Tensor]], pruner: Pruner, factors: Sequence[Tensor]
+) -> None:
     """The averages over all batches, each of the same weight, and the mean gradients."""
     means = [torch.zeros_like(factor) for factor in factors]
     for average in pruner.averages.values():

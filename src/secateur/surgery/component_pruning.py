@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from heapq import heapify, heapreplace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from secateur.surgery.ranks import Components
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+Keep = Literal["alpha", "scale"]
+
 
 class Pruner:
     """The components of one adapter, with what is known of them.
@@ -23,6 +26,7 @@ class Pruner:
         model: a `PeftModel`; changed in place.
         criterion: which components go, and how the others change.
         adapter: its name; the active one if not given.
+        keep: what of a module stays when its rank falls, its `alpha` or its `scale`.
 
     Attributes:
         parts: the adapter.
@@ -32,9 +36,12 @@ class Pruner:
         compact: whether removed components leave at once, or are set to zero.
     """
 
-    def __init__(self, model: Any, criterion: ComponentCriterion, adapter: str | None = None) -> None:
+    def __init__(
+        self, model: Any, criterion: ComponentCriterion, adapter: str | None = None, keep: Keep = "scale"
+    ) -> None:
         self.parts = Components(model, adapter)
         self.criterion = criterion
+        self.keep = keep
         self.initial = self.parts.ranks
         self.present = {name: torch.arange(rank) for name, rank in self.initial.items()}
         self.averages: dict[str, State] = {name: {} for name in self.initial}
@@ -93,7 +100,7 @@ class Pruner:
             PlanError: the optimizer's state cannot be cut along.
         """
         gone: dict[str, Tensor] = {}
-        cost = 0.0
+        cost, before = 0.0, self.ranks
         for name, count in counts.items():
             pair, present = self._pair(name), self.present[name]
             verdict = self.criterion.verdict(pair, self.averages[name], count, name)
@@ -108,6 +115,8 @@ class Pruner:
             self.settle(optimizer)
         else:
             self.parts.clear(gone, optimizer)
+        if self.keep == "alpha":
+            self._rescale({name: before[name] / (before[name] - count) for name, count in counts.items()}, optimizer)
         return cost
 
     def settle(self, optimizer: Optimizer | None = None) -> None:
@@ -115,6 +124,15 @@ class Pruner:
         stored = self.parts.ranks
         self.parts.remove({n: index for n, index in self.present.items() if len(index) < stored[n]}, optimizer)
         self.present = {name: torch.arange(len(index)) for name, index in self.present.items()}
+
+    def _rescale(self, shares: Mapping[str, float], optimizer: Optimizer | None) -> None:
+        """Let scales grow as ranks fall by these shares, alpha / r with alpha left as it is; for rsLoRA by the root."""
+        scales = self.parts.scales
+        for name, share in shares.items():
+            grown = math.sqrt(share) if self.parts.layers[name].use_rslora[self.parts.adapter] else share
+            scales[name] *= grown
+            self.averages[name] = self.criterion.rescaled(self.averages[name], grown)
+        self.parts.rescale({name: scales[name] for name in shares}, optimizer)
 
     def _pair(self, name: str, activations: Tensor | None = None) -> Pair:
         up, down, index = self.parts.up(name), self.parts.down(name), self.present[name]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from secateur.errors import BudgetError
 from secateur.importance.components import ComponentCriterion
 from secateur.schedules import cubic
-from secateur.surgery.component_pruning import Pruner
+from secateur.surgery.component_pruning import Keep, Pruner
 
 DEFAULT = ComponentCriterion()
 Scope = Literal["adapter", "global"]
@@ -27,6 +27,8 @@ class PrunedLoRASettings:
         scope: `adapter` gives every module the same rank; `global` removes what costs least, wherever it is.
         floor: least rank of a module with a global budget.
         warmup, cooldown: shares of the run before and after the cubic curve.
+        keep: what of a module stays when its rank falls: `scale`, or `alpha`, so that its scale alpha / r grows and its
+            factors shrink; it computes the same, and what is left learns faster.
         adapter: name of the adapter to prune; the active one if not given.
         criterion: which components go, and how the others change.
     """
@@ -37,7 +39,8 @@ class PrunedLoRASettings:
     scope: Scope = "adapter"
     floor: int = 1
     warmup: float = 0.1
-    cooldown: float = 0.3
+    cooldown: float = 0.5
+    keep: Keep = "alpha"
     adapter: str | None = None
     criterion: ComponentCriterion = DEFAULT
 

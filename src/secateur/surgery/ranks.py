@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # These leave the base as it is; others put a part of it into the adapter, and would do so anew at the smaller rank.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+SQUARES = ("sq", "sum")  # in the names optimizers give to averages of squares: exp_avg_sq, square_avg, sum
 
 
 class Components:
@@ -107,6 +108,37 @@ class Components:
                 for tensor in (factor.data, factor.grad, *state.values()):
                     if isinstance(tensor, Tensor) and tensor.shape == factor.shape:
                         tensor.index_fill_(dim, index.to(tensor.device), 0)
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The factor s of each module."""
+        return {name: layer.scaling[self.adapter] for name, layer in self.layers.items()}
+
+    def rescale(self, scales: Mapping[str, float], optimizer: Optimizer | None = None) -> None:
+        """Give modules other scales and factors, gradients and moments to match, so that they compute the same.
+
+        With s' = k s both factors are divided by the root of k, and their gradients are multiplied by it. As the step
+        of Adam does not depend on the size of gradients, B A moves by the root of k as far as before.
+        """
+        for name, scale in scales.items():
+            root = math.sqrt(scale / self.layers[name].scaling[self.adapter])
+            for factor in (self.up(name), self.down(name)):
+                factor.data /= root
+                if factor.grad is not None:
+                    factor.grad *= root
+                state: dict[str, Any] = optimizer.state.get(factor, {}) if optimizer is not None else {}
+                for key, value in list(state.items()):
+                    if isinstance(value, Tensor) and value.shape == factor.shape:
+                        state[key] = value * (root**2 if any(word in key for word in SQUARES) else root)
+        self.set_scales(scales)
+
+    def set_scales(self, scales: Mapping[str, float]) -> None:
+        """Give modules these scales, and leave the factors, as a checkpoint with such scales needs."""
+        ranks = self.ranks
+        for name, scale in scales.items():
+            self.layers[name].scaling[self.adapter] = scale
+            self._tell(self.layers[name], ranks[name])
+        self._configure()
 
     def shrink_to(self, ranks: Mapping[str, int]) -> None:
         """Give the modules these ranks, whatever their values, as a checkpoint with such ranks needs.
