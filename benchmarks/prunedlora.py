@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from prunedlora_rows import AFTER, FORMS, GLOBAL, TRAINED, pruned_after, result, trained
+from prunedlora_rows import AFTER, FORMS, GLOBAL, TRAINED, pruned_after, trained
 from prunedlora_tasks import TASKS, Task
 
 import secateur as sc
+from secateur.errors import NonFiniteError
 from secateur.pipeline import PACKAGES, write_json
 
 Data = dict[str, Any]
@@ -83,13 +84,13 @@ class Comparison:
 
     def _rows(self, method: str, target: int, seed: int, rate: float) -> list[Data]:
         model, row = self._trained(method, target, seed, rate)
-        row |= {} if model is None else result(model, self.task, "held_out")
+        row |= {} if model is None else self.task.result(model, "held_out")
         rows = [row]
         if method == "lora-initial" and model is not None:
             for after in (m for m in self.args.methods if m.startswith(AFTER)):
                 for rank in self.args.target_ranks:
                     pruned, facts = pruned_after(model, self.source.tokenizer, row, self.task, after, rank, self.args)
-                    rows.append(facts | result(pruned, self.task, "held_out"))
+                    rows.append(facts | self.task.result(pruned, "held_out"))
         return rows
 
     def _trained(self, method: str, target: int, seed: int, rate: float) -> tuple[Any, Data]:
@@ -97,7 +98,7 @@ class Comparison:
         key = {"method": method, "target_rank": target, "seed": seed, "learning_rate": rate}
         try:
             model, facts = trained(self.source.model, self.source.tokenizer, self.task, key, self.args)
-        except sc.NonFiniteError as error:
+        except NonFiniteError as error:
             return None, key | {"error": str(error)}
         return model, key | facts
 
@@ -114,7 +115,7 @@ class Comparison:
                 return best
             for rate in missing:
                 model, row = self._trained(method, target, 0, rate)
-                row |= {} if model is None else result(model, self.task, "validation")
+                row |= {} if model is None else self.task.result(model, "validation")
                 found[rate] = row.get("loss", math.inf)
                 self.report["tuning"].append(row)
                 print("validation", row, flush=True)
@@ -122,7 +123,7 @@ class Comparison:
             best = min(found, key=lambda rate: found[rate])
 
     def _head(self) -> Data:
-        args = self.args
+        args, base = self.args, self.task.model(self.source.model)
         names = (
             "steps", "batch_size", "seq_len", "initial_rank", "every", "events", "calibration", "tuned_at",
             "learning_rates",
@@ -143,7 +144,7 @@ class Comparison:
                 "threads": args.threads,
                 "versions": {name: version(name) for name in PACKAGES},
             },
-            "base": {part: result(self.source.model, self.task, part) for part in ("validation", "held_out")},
+            "base": {part: self.task.result(base, part) for part in ("validation", "held_out")},
             "tuning": [],
             "rows": [],
         }
@@ -165,7 +166,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--every", type=int, default=5)
-    parser.add_argument("--events", type=int, default=4, help="removals of what prunes after training")
+    parser.add_argument("--events", type=int, default=1, help="removals of what prunes after training")
     parser.add_argument("--calibration", type=int, default=8, help="batches for what prunes after training")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

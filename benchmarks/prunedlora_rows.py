@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
-from prunedlora_tasks import Task, measured
+from prunedlora_tasks import Task
 from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from secateur.importance.components import ComponentCriterion
@@ -51,13 +51,12 @@ FORMS: Mapping[str, Mapping[str, Any]] = {  # settings that differ from ours
     "damped": {"criterion": replace(OURS, damping=0.1)},
     "damped-whole": {"criterion": replace(OURS, damping=1.0)},
     "scale": {"keep": "scale"},
-    "alpha": {"keep": "alpha"},
-    "early": {"cooldown": 0.7},
     "middle": {"cooldown": 0.5},
     "late": {"cooldown": 0.3},
+    "scale-late": {"keep": "scale", "cooldown": 0.3},
     "often": {"every": 2},
-    "seldom": {"every": 15},
-    "once": {"every": 50, "warmup": 0.0, "cooldown": 0.5},
+    "seldom": {"every": 10},
+    "once": {"every": 25, "warmup": 0.0, "cooldown": 0.75},
 }
 AFTER, GLOBAL = "after-", "-global"  # prunes what `lora-initial` trains; with one budget for all modules
 EDGE = 20  # steps at the start and at the end whose time is told
@@ -87,11 +86,11 @@ class Size(TrainerCallback):  # type: ignore[misc]
         self.bytes.append(sum(t.numel() * t.element_size() for t in [*trained, *kept]))
 
 
-def adapted(model: Any, method: str, target: int, seed: int, args: Namespace) -> Any:
+def adapted(base: Any, task: Task, method: str, target: int, seed: int, args: Namespace) -> Any:
     """A copy of the model with the adapter that a method starts from; alpha is the rank."""
     set_seed(seed)
-    model = copy.deepcopy(model)
-    common = {"target_modules": all_targets(model).modules, "task_type": "CAUSAL_LM", "lora_dropout": 0.0}
+    common = {"target_modules": all_targets(base).modules, "lora_dropout": 0.0}
+    model = task.model(copy.deepcopy(base))
     if method == "adalora":
         schedule = {"tinit": args.steps // 10, "tfinal": 3 * args.steps // 10, "deltaT": max(1, args.every // 2)}
         rank = max(target + 1, math.ceil(1.5 * target))
@@ -126,7 +125,7 @@ def trained(
         NonFiniteError: the loss breaks.
     """
     method, target, seed = key["method"], key["target_rank"], key["seed"]
-    model, size = adapted(base, method, target, seed, args), Size()
+    model, size = adapted(base, task, method, target, seed, args), Size()
     pruning = None if method in TRAINED else PrunedLoRA(target)
     if pruning is not None:
         pruning.settings = settings_of(method, target, args)
@@ -169,12 +168,8 @@ def pruned_after(
     return model, dict(facts) | mine
 
 
-def result(model: Any, task: Task, part: str) -> dict[str, float]:
-    """Loss, and accuracy where there is one, on a part of the task."""
-    return measured(model, getattr(task, part), task.labels)
-
-
 def _collator(tokenizer: Any) -> Any:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "right"
     return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True)

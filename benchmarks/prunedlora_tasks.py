@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import secateur as sc
 from secateur.recovery.examples import IGNORED, Example, packed_windows
 
 VALIDATION, LEARN, SHORT = 1000, 10_000, 24  # examples for validation; to learn from, of at most so many tokens
-PROMPT, WORDS = "It was", (" bad", " good")  # after the sentence, and what is to follow for a label of 0 and of 1
+WORDS = (" bad", " good")  # for a label of 0 and of 1
 EVALUATION_BATCH = 32
 
 
@@ -29,7 +31,7 @@ class Task:
         name: of the task.
         facts: files and their hashes, sizes and lengths.
         learn, validation, held_out: examples; no two parts share a record.
-        labels: tokens of the label 0 and 1, for accuracy; None where the loss is the measure.
+        tokens: one for each of two classes, whose accuracy is measured; None where the loss of text is.
     """
 
     name: str
@@ -37,7 +39,15 @@ class Task:
     learn: Sequence[Example]
     validation: Sequence[Example]
     held_out: Sequence[Example]
-    labels: tuple[int, int] | None = None
+    tokens: tuple[int, int] | None = None
+
+    def model(self, language_model: Any) -> Any:
+        """What is trained and measured."""
+        return Verbaliser(language_model, self.tokens) if self.tokens else language_model
+
+    def result(self, model: Any, part: str) -> dict[str, float]:
+        """Loss, and accuracy where there is one, on a part of the task."""
+        return measured(model, getattr(self, part), self.tokens is not None)
 
 
 def alpaca(folder: Path, tokenizer: Any, seq_len: int) -> Task:
@@ -54,15 +64,15 @@ def alpaca(folder: Path, tokenizer: Any, seq_len: int) -> Task:
 
 
 def sst2(folder: Path, tokenizer: Any, seq_len: int) -> Task:
-    """A sentence, "It was", and one token that says which; it alone is learned. Long sentences lose their beginning.
+    """Sentences, and which of two words a `Verbaliser` tells.
 
-    The dev file is held out. Of the training file, the first part is for validation; the rest are parts of sentences,
-    too, and only the short ones are learned from, which hold as many labels in fewer tokens.
+    The dev file is held out. Of the training file, the first part is for validation; most of it are parts of sentences,
+    and only short ones are learned from, which hold as many labels in fewer tokens.
     """
     files = {name: folder / "glue" / f"sst2_{name}.jsonl.gz" for name in ("train", "dev")}
-    labels = _label_tokens(tokenizer)
+    tokens = _label_tokens(tokenizer)
     records = _records(files["train"])[: VALIDATION + 3 * LEARN], _records(files["dev"])
-    train, dev = ([_example(record, tokenizer, seq_len, labels) for record in part] for part in records)
+    train, dev = ([_example(record, tokenizer, seq_len) for record in part] for part in records)
     learn = [example for example in train[VALIDATION:] if len(example["input_ids"]) <= SHORT][:LEARN]
     positive = [sum(record["label"] for record in part) / len(part) for part in (records[0][:VALIDATION], records[1])]
     facts = {
@@ -70,36 +80,56 @@ def sst2(folder: Path, tokenizer: Any, seq_len: int) -> Task:
         "majority": dict(zip(("validation", "held_out"), (max(p, 1 - p) for p in positive), strict=True)),
         "examples": {"learn": len(learn), "validation": VALIDATION, "held_out": len(dev)},
         "longest": {"learn": SHORT, "others": seq_len},
-        "label_tokens": [tokenizer.convert_ids_to_tokens(token) for token in labels],
+        "tokens": [tokenizer.convert_ids_to_tokens(token) for token in tokens],
     }
-    return Task("sst2", facts, learn, train[:VALIDATION], dev, labels)
+    return Task("sst2", facts, learn, train[:VALIDATION], dev, tokens)
 
 
 TASKS: Mapping[str, Callable[[Path, Any, int], Task]] = {"alpaca": alpaca, "sst2": sst2}
 
 
+class Verbaliser(nn.Module):
+    """A language model that tells a class: by its logits for one token of each, averaged over positions.
+
+    It has no parameters of its own. Small models learn much faster from the average than from the last position.
+    """
+
+    def __init__(self, language_model: Any, tokens: tuple[int, int]) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.tokens = list(tokens)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        """`labels` [examples, 1]."""
+        found = self.language_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        mask = attention_mask[..., None]
+        logits = (found[..., self.tokens].float() * mask).sum(1) / mask.sum(1)
+        return SequenceClassifierOutput(None if labels is None else cross_entropy(logits, labels[:, 0]), logits)
+
+
 @torch.no_grad()
-def measured(model: Any, examples: Sequence[Example], labels: tuple[int, int] | None) -> dict[str, float]:
-    """Mean loss over labelled tokens [nats], and with `labels` how often the right one of the two is the likelier."""
+def measured(model: Any, examples: Sequence[Example], classes: bool) -> dict[str, float]:
+    """Mean loss over labels [nats], and for classes the share that is told rightly."""
     model.eval()
-    loss, tokens, right = 0.0, 0, 0
+    loss, count, right = 0.0, 0, 0
     order = sorted(range(len(examples)), key=lambda i: len(examples[i]["input_ids"]))
     for begin in range(0, len(order), EVALUATION_BATCH):
         rows = [examples[i] for i in order[begin : begin + EVALUATION_BATCH]]
         fills = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
         ids, mask, targets = (_padded(rows, key, fill) for key, fill in fills.items())
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        targets = targets[:, 1:]
-        wanted = targets != IGNORED
-        loss += float(cross_entropy(logits[wanted], targets[wanted], reduction="sum"))
-        tokens += int(wanted.sum())
-        if labels:
-            guessed = logits[wanted][:, list(labels)].argmax(1)
-            right += int((torch.tensor(labels)[guessed] == targets[wanted]).sum())
-    return {"loss": loss / tokens} | ({"accuracy": right / tokens} if labels else {})
+        logits = model(input_ids=ids, attention_mask=mask).logits.float()
+        logits, targets = (
+            (logits, targets[:, 0]) if classes else (logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
+        )
+        loss += float(cross_entropy(logits, targets, reduction="sum", ignore_index=IGNORED))
+        count += int((targets != IGNORED).sum())
+        right += int((logits.argmax(-1) == targets).sum())
+    return {"loss": loss / count} | ({"accuracy": right / count} if classes else {})
 
 
-def _padded(rows: Sequence[Example], key: str, fill: int) -> torch.Tensor:
+def _padded(rows: Sequence[Example], key: str, fill: int) -> Tensor:
     longest = max(len(row[key]) for row in rows)
     return torch.tensor([[*row[key], *[fill] * (longest - len(row[key]))] for row in rows])
 
@@ -110,14 +140,11 @@ def _records(file: Path) -> list[dict[str, Any]]:
 
 
 def _label_tokens(tokenizer: Any) -> tuple[int, int]:
-    """The first tokens in which the two answers differ; what they share before belongs to the prompt."""
-    bad, good = (tokenizer(PROMPT + word, add_special_tokens=False)["input_ids"] for word in WORDS)
+    """The first tokens in which the two words differ."""
+    bad, good = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in WORDS)
     return next((b, g) for b, g in zip(bad, good, strict=False) if b != g)
 
 
-def _example(record: Mapping[str, Any], tokenizer: Any, seq_len: int, labels: tuple[int, int]) -> Example:
-    answer = WORDS[record["label"]]
-    ids = tokenizer(record["sentence"].strip() + " " + PROMPT + answer, add_special_tokens=False)["input_ids"]
-    end = len(ids) - 1 - ids[::-1].index(labels[record["label"]])
-    ids = ids[max(0, end + 1 - seq_len) : end + 1]
-    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [IGNORED] * (len(ids) - 1) + ids[-1:]}
+def _example(record: Mapping[str, Any], tokenizer: Any, seq_len: int) -> Example:
+    ids = tokenizer(record["sentence"].strip(), add_special_tokens=False)["input_ids"][:seq_len]
+    return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": [record["label"]]}

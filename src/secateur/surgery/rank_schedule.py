@@ -39,7 +39,7 @@ class PrunedLoRASettings:
     scope: Scope = "adapter"
     floor: int = 1
     warmup: float = 0.1
-    cooldown: float = 0.5
+    cooldown: float = 0.7
     keep: Keep = "alpha"
     adapter: str | None = None
     criterion: ComponentCriterion = DEFAULT
