@@ -107,12 +107,11 @@ class Comparison:
         rates = self.args.learning_rates
         target = self.args.initial_rank if method == "lora-initial" else self.args.tuned_at
         found = {r["learning_rate"]: r.get("loss", math.inf) for r in self.report["tuning"] if r["method"] == method}
-        best = rates[len(rates) // 2]
         while True:
-            middle = rates.index(best)
+            middle = rates.index(min(found, key=lambda rate: found[rate])) if found else len(rates) // 2
             missing = [rate for rate in rates[max(0, middle - 1) : middle + 2] if rate not in found]
             if not missing:
-                return best
+                return rates[middle]
             for rate in missing:
                 model, row = self._trained(method, target, 0, rate)
                 row |= {} if model is None else self.task.result(model, "validation")
@@ -120,7 +119,6 @@ class Comparison:
                 self.report["tuning"].append(row)
                 print("validation", row, flush=True)
                 write_json(self.args.output, self.report)
-            best = min(found, key=lambda rate: found[rate])
 
     def _head(self) -> Data:
         args, base = self.args, self.task.model(self.source.model)

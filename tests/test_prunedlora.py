@@ -219,11 +219,12 @@ def test_removal_is_setting_to_zero(options):
 
 
 @pytest.mark.parametrize("scope", ["adapter", "global"])
+@pytest.mark.parametrize("keep", ["alpha", "scale"])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 5}, {"use_dora": True}])
-def test_the_saved_adapter_is_loaded_by_peft_alone(scope, options, tmp_path):
+def test_the_saved_adapter_is_loaded_by_peft_alone(scope, keep, options, tmp_path):
     base = make("llama").double()
     before = {n: t.clone() for n, t in base.state_dict().items()}
-    pruning = PrunedLoRA(3, every=2, scope=scope)
+    pruning = PrunedLoRA(3, every=2, scope=scope, keep=keep)
     trainer = trained(adapted(base, **options), [pruning], tmp_path / "run")
     ranks = pruning.finish()
     trainer.save_model(str(tmp_path / "adapter"))
@@ -236,10 +237,54 @@ def test_the_saved_adapter_is_loaded_by_peft_alone(scope, options, tmp_path):
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     if scope == "adapter":
         assert config["r"] == 3 and not config["rank_pattern"] and not config["alpha_pattern"]
-        assert options or config["lora_alpha"] == 3
+        assert options.get("lora_alpha") or config["lora_alpha"] == (8 if keep == "alpha" else 3)
     else:
         assert len(set(ranks.values())) > 1 and min(ranks.values()) >= 1
-        assert sum(ranks.values()) == 3 * len(ranks) and len(config["rank_pattern"]) == len(config["alpha_pattern"])
+        assert sum(ranks.values()) == 3 * len(ranks) and config["rank_pattern"]
+        assert len(config["alpha_pattern"]) == (len(config["rank_pattern"]) if keep == "scale" else 0)
+    if keep == "alpha":
+        assert config["lora_alpha"] == options.get("lora_alpha", 8)
+
+
+@pytest.mark.parametrize("options", [PLAIN, ROOT, DORA])
+def test_another_scale_changes_nothing_but_how_far_steps_go(options):
+    """Gradients and moments are those of the new factors."""
+    model = adapted(make("llama").double(), **options)
+    parts, ids = Components(model), probe_ids(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0, betas=(0.0, 0.0))
+
+    def stepped() -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        states = {name: optimizer.state[parts.up(name)] | {"grad": parts.up(name).grad} for name in parts.layers}
+        return {f"{name} {key}": t.clone() for name, state in states.items() for key, t in state.items()}
+
+    stepped()
+    before = logits(model)
+    parts.rescale({name: 4 * scale for name, scale in parts.scales.items()}, optimizer)
+    changed = {f"{n} {k}": t for n in parts.layers for k, t in optimizer.state[parts.up(n)].items() if k != "step"}
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-12)
+    again = stepped()
+    for key, tensor in changed.items():
+        torch.testing.assert_close(again[key], tensor, rtol=1e-9, atol=1e-15)
+    assert all(layer.lora_alpha["default"] == 32 for layer in parts.layers.values())
+
+
+@pytest.mark.parametrize("kind", ["fisher", "activation", "taylor", "sensitivity"])
+def test_averages_follow_the_scale(kind, stepped):
+    """They are what the new factors and gradients give."""
+    _, pruner = stepped
+    criterion = ComponentCriterion(kind, ema=0.0)
+    name = next(iter(pruner.initial))
+    up, down = pruner.parts.up(name), pruner.parts.down(name)
+    z = torch.randn(5, down.shape[0], dtype=down.dtype)
+    states: list[dict] = [{}, {}]
+    for state, root in zip(states, (1.0, 1.5), strict=True):
+        pair = Pair(up.data / root, down.data / root, up.grad * root, down.grad * root, z.T @ z / root**2)
+        criterion.observe(pair, state)
+    followed = criterion.rescaled(states[0], 1.5**2)
+    assert all(torch.allclose(followed[key], tensor) for key, tensor in states[1].items())
 
 
 @pytest.mark.parametrize("criterion", [*OURS, *RIVALS])
@@ -256,13 +301,14 @@ def test_every_criterion_reaches_the_target_and_moments_follow(criterion, tmp_pa
     assert means[0] == 8 and means[-1] == 2 and means == sorted(means, reverse=True)
 
 
-def test_removed_at_once_is_zeroed_and_removed_in_the_end(tmp_path):
+@pytest.mark.parametrize("keep", ["alpha", "scale"])
+def test_removed_at_once_is_zeroed_and_removed_in_the_end(keep, tmp_path):
     """What distributed training does ends at the same adapter: no moment brings a component back."""
     found = []
     for compact in (True, False):
         torch.manual_seed(0)
         model = adapted(make("llama").double(), lora_dropout=0.0)
-        pruning = PrunedLoRA(3, every=2, criterion=ComponentCriterion(ema=0.5))
+        pruning = PrunedLoRA(3, every=2, keep=keep, criterion=ComponentCriterion(ema=0.5))
 
         class Set(TrainerCallback):
             def on_step_begin(self, args, state, control, pruning=pruning, compact=compact, **_):
@@ -275,11 +321,12 @@ def test_removed_at_once_is_zeroed_and_removed_in_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("scope", ["adapter", "global"])
-def test_a_killed_run_resumes_to_the_same_adapter_to_the_bit(scope, tmp_path):
+@pytest.mark.parametrize("keep", ["alpha", "scale"])
+def test_a_killed_run_resumes_to_the_same_adapter_to_the_bit(scope, keep, tmp_path):
     def run(folder, callbacks=(), checkpoint=None):
         torch.manual_seed(0)
         model = adapted(make("llama"), lora_dropout=0.1)
-        pruning = PrunedLoRA(3, every=2, scope=scope)
+        pruning = PrunedLoRA(3, every=2, scope=scope, keep=keep, cooldown=0.3)
         if checkpoint:
             pruning.prepare(model, checkpoint)
         trained(model, [pruning, *callbacks], folder, resume=checkpoint, save_strategy="steps", save_steps=4)
@@ -348,12 +395,24 @@ def test_an_adapter_pruned_after_training(options):
     assert sum(Components(model).ranks.values()) == 3 * len(Components(model).ranks)
 
 
+def test_an_adapter_is_pruned_on_batches_with_labels():
+    """The same as by token ids, where all tokens are labels; and not the same where few are."""
+    ranks = []
+    for labels in (None, "all", "last"):
+        model = adapted(make("llama").double()).eval()
+        ids = probe_ids(model)
+        wanted = ids if labels == "all" else torch.where(torch.arange(ids.shape[1]) == ids.shape[1] - 1, ids, -100)
+        prune_adapter(model, [ids if labels is None else {"input_ids": ids, "labels": wanted}], PrunedLoRASettings(3))
+        ranks.append(logits(model))
+    assert torch.equal(ranks[0], ranks[1]) and not torch.equal(ranks[0], ranks[2])
+
+
 def test_training_that_stopped_early_goes_on(tmp_path):
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             control.should_training_stop = state.global_step == 4
 
-    pruning = PrunedLoRA(2, every=2, criterion=ComponentCriterion("activation"))
+    pruning = PrunedLoRA(2, every=2, cooldown=0.3, criterion=ComponentCriterion("activation"))
     model = adapted(make("llama"))
     trained(model, [pruning, Stop()], tmp_path / "first")
     assert 2 < pruning.history[-1]["mean"] < 8
@@ -402,7 +461,7 @@ class TestRefusals:
             def on_step_end(self, args, state, control, **_):
                 control.should_training_stop = state.global_step == 4
 
-        pruning = PrunedLoRA(2, every=2)
+        pruning = PrunedLoRA(2, every=2, cooldown=0.3)
         trained(adapted(make("llama")), [pruning, Stop()], tmp_path)
         with pytest.raises(PlanError, match="before the target of 2"):
             pruning.finish()

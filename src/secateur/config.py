@@ -209,8 +209,8 @@ class TuneSettings(Section):
     scope: Literal["adapter", "global"] = "adapter"
     floor: int = Field(1, ge=1)
     warmup: float = Field(0.1, ge=0, lt=1)
-    cooldown: float = Field(0.3, ge=0, lt=1)
-    keep: Literal["alpha", "scale"] = "scale"
+    cooldown: float = Field(0.7, ge=0, lt=1)
+    keep: Literal["alpha", "scale"] = "alpha"
     criterion: ComponentSettings = ComponentSettings()
 
 

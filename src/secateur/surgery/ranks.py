@@ -213,9 +213,9 @@ class Components:
         config, name = self.config, self.adapter
         sizes = {path: (layer.r[name], layer.lora_alpha[name]) for path, layer in self.layers.items()}
         config.r, config.lora_alpha = max(sizes.values())
-        others = {"^" + re.escape(p): size for p, size in sizes.items() if size != (config.r, config.lora_alpha)}
-        config.rank_pattern = {key: rank for key, (rank, _) in others.items()}
-        config.alpha_pattern = {key: alpha for key, (_, alpha) in others.items()}
+        whole = {"^" + re.escape(path): size for path, size in sizes.items()}
+        config.rank_pattern = {path: rank for path, (rank, _) in whole.items() if rank != config.r}
+        config.alpha_pattern = {path: alpha for path, (_, alpha) in whole.items() if alpha != config.lora_alpha}
 
 
 def _only_active(model: Any) -> str:
