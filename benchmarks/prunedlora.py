@@ -9,10 +9,11 @@ same examples in the same order for the same number of steps, and is measured on
 `lora-initial` at the initial rank; `after-*` prunes what `lora-initial` trains, without training again; all others
 prune while they train.
 
-The learning rate of each method is the best of a few, chosen at one rank with seed 0 on the validation part: three
-neighbours on a grid, and further ones as long as the best is the last that was tried. Times are seconds of the
-processor, so that other work on the machine counts little; bytes are those of trainable parameters and the optimizer's
-state. Rows that the output holds already, from the same protocol, are not repeated.
+The learning rate of each method at each rank is the best of a few, by the loss on the validation part with seed 0:
+three neighbours on a grid, and further ones as long as the best is the last that was tried. Rivals that prune while
+they train have the rate of `ours`, whose training theirs is but for the criterion. Times are seconds of the processor,
+so that other work on the machine counts little; bytes are those of trainable parameters and the optimizer's state. Rows
+that the output holds already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ METHODS = (
     *TRAINED, "paper", "magnitude", "taylor", "activation", "ours", "ours-global", "after-magnitude", "after-taylor",
     "after-activation", "after-ours",
 )  # fmt: skip
+LIKE_OURS = dict.fromkeys(("magnitude", "taylor", "activation"), "ours")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 
@@ -60,11 +62,13 @@ class Comparison:
 
     def run(self) -> None:
         """Choose learning rates, measure what is missing, and write after each training."""
-        rates = {method: self._rate(method) for method in self.args.methods if not method.startswith(AFTER)}
+        trainings = list(self._wanted())
+        alike = LIKE_OURS if self.args.seeds else {}
+        rates = [self._rate(alike.get(method, method), target) for target, method in trainings]
         for seed in self.args.seeds:
-            for target, method in self._wanted():
+            for (target, method), rate in zip(trainings, rates, strict=True):
                 if not self._done(method, target, seed):
-                    self.report["rows"] += self._rows(method, target, seed, rates[method])
+                    self.report["rows"] += self._rows(method, target, seed, rate)
                     print(self.report["rows"][-1], flush=True)
                     write_json(self.args.output, self.report)
 
@@ -102,11 +106,11 @@ class Comparison:
             return None, key | {"error": str(error)}
         return model, key | facts
 
-    def _rate(self, method: str) -> float:
+    def _rate(self, method: str, target: int) -> float:
         """The best learning rate of a method by its loss on the validation part."""
         rates = self.args.learning_rates
-        target = self.args.initial_rank if method == "lora-initial" else self.args.tuned_at
-        found = {r["learning_rate"]: r.get("loss", math.inf) for r in self.report["tuning"] if r["method"] == method}
+        mine = [r for r in self.report["tuning"] if (r["method"], r["target_rank"]) == (method, target)]
+        found = {r["learning_rate"]: r.get("loss", math.inf) for r in mine}
         while True:
             middle = rates.index(min(found, key=lambda rate: found[rate])) if found else len(rates) // 2
             missing = [rate for rate in rates[max(0, middle - 1) : middle + 2] if rate not in found]
@@ -123,7 +127,7 @@ class Comparison:
     def _head(self) -> Data:
         args, base = self.args, self.task.model(self.source.model)
         names = (
-            "steps", "batch_size", "seq_len", "initial_rank", "every", "events", "calibration", "tuned_at",
+            "steps", "batch_size", "seq_len", "initial_rank", "every", "events", "calibration",
             "learning_rates",
         )  # fmt: skip
         return {
@@ -158,7 +162,6 @@ def main() -> None:
     parser.add_argument("--target-ranks", nargs="*", type=int, default=(1, 4, 16))
     parser.add_argument("--seeds", nargs="*", type=int, default=(1, 2, 3), help="none: only choose learning rates")
     parser.add_argument("--learning-rates", nargs="*", type=float, default=RATES, help="a grid, its middle tried first")
-    parser.add_argument("--tuned-at", type=int, default=4, help="target rank at which learning rates are chosen")
     parser.add_argument("--initial-rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)

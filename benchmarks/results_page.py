@@ -12,6 +12,7 @@ from typing import Any
 
 import loraprune_page
 import lorashear_page
+import prunedlora_page
 
 RESULTS = Path(__file__).parent / "results"
 BASES = ("full_gradients", "forward_backward")
@@ -169,8 +170,17 @@ def loraprune() -> list[str]:
     ]
 
 
+def prunedlora() -> list[str]:
+    """What was measured of PrunedLoRA."""
+    return [
+        *prunedlora_page.comparison(results("prunedlora_*.json")),
+        *prunedlora_page.options(results("experiments/prunedlora_options_*.json")),
+    ]
+
+
 def main() -> None:
-    lines = [HEAD, *criteria(), *leave_one_out(), *scoring_cost(), *loraprune(), *discovery_speed(), *streaming()]
+    lines = [HEAD, *criteria(), *leave_one_out(), *scoring_cost(), *loraprune(), *prunedlora()]
+    lines += [*discovery_speed(), *streaming()]
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
 
 

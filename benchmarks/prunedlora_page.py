@@ -1,0 +1,157 @@
+"""The part of docs/results.md on PrunedLoRA, from the result files of `benchmarks/prunedlora.py`."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+NAMES = {
+    "lora-initial": "LoRA of the initial rank",
+    "lora": "LoRA",
+    "rslora": "rsLoRA",
+    "dora": "DoRA",
+    "adalora": "AdaLoRA",
+    "paper": "PrunedLoRA, published form",
+    "ours": "PrunedLoRA",
+    "ours-global": "PrunedLoRA, one budget",
+    "magnitude": "magnitude, while training",
+    "taylor": "LLM-Pruner-like, while training",
+    "activation": "SparseGPT-like, while training",
+    "after-magnitude": "magnitude, afterwards",
+    "after-taylor": "LLM-Pruner-like, afterwards",
+    "after-activation": "SparseGPT-like, afterwards",
+    "after-ours": "PrunedLoRA's criterion, afterwards",
+}
+OPTIONS = {
+    "ours": "as it is",
+    "ours-global": "one budget for all modules",
+    "scale": "the scale stays, not alpha",
+    "scale-late": "the scale stays, the rank falls until 70 % of the run",
+    "middle": "the rank falls until 50 % of the run (30 %)",
+    "late": "the rank falls until 70 % of the run",
+    "often": "every 2 steps (5)",
+    "seldom": "every 10 steps",
+    "once": "all at once after a quarter of the run",
+    "gradient": "Gram of one gradient (average over steps)",
+    "slow": "average of weight 0.98 for the past (0.9)",
+    "undamped": "damping 1e-4 (1e-2)",
+    "damped": "damping 0.1",
+    "damped-whole": "damping 1",
+    "newton": "a tenth of the Newton term (none)",
+    "newton-whole": "the Newton term",
+    "both": "both factors make up (the cheaper one)",
+    "b": "B makes up",
+    "a": "A makes up",
+    "single": "by single scores (jointly)",
+    "unbalanced": "factors not balanced",
+    "masks": "what stays does not change",
+    "paper-masks": "published scores, what stays does not change, the scale stays",
+    "paper-no-newton": "published form without the Newton term",
+    "magnitude": "magnitude",
+    "taylor": "Taylor (LLM-Pruner)",
+    "activation": "activations (SparseGPT)",
+    "sensitivity": "AdaLoRA's sensitivity",
+}
+Data = Mapping[str, Any]
+HEAD = """## PrunedLoRA beside LoRA, rsLoRA, DoRA and AdaLoRA
+
+`benchmarks/prunedlora.py`: every row fine-tunes the same model on the same examples for the same number of steps, with
+an adapter on every linear module. Loss [nats] and accuracy are of held-out examples, means over seeds with the standard
+deviation. Each method has at each rank the best learning rate of a grid, by the loss on a validation part with seed 0;
+what prunes "while training" starts as LoRA of the initial rank, with the schedule and rate of PrunedLoRA, and by another
+criterion; "afterwards" it is cut from what LoRA of the initial rank has learned, at once and without more training.
+State is what the trainable parameters and the optimizer's moments take after the first and the last step; seconds and
+milliseconds per step (of the first and the last 20) are those of one processor.
+"""
+
+
+def comparison(found: Iterable[Data]) -> list[str]:
+    """Every method on every model and task."""
+    lines: list[str] = []
+    for data in found:
+        protocol, rows = data["protocol"], data["rows"]
+        settings, classes = protocol["settings"], "accuracy" in data["base"]["held_out"]
+        lines = lines or HEAD.split("\n")
+        columns = ["rank", "method", "seeds", "rate", "loss", *(["accuracy"] if classes else []), "state", "s", "ms"]
+        lines += [
+            f"### {data['model']['name']} ({data['model']['parameters']:,} parameters), {_task(protocol['task'])}",
+            "",
+            f"{settings['steps']} steps of {settings['batch_size']} examples of up to {settings['seq_len']} tokens, "
+            f"initial rank {settings['initial_rank']}. {_base(data['base']['held_out'], protocol['task'])}",
+            "",
+            "| " + " | ".join(columns) + " |",
+            "| ---: | --- |" + " ---: |" * (len(columns) - 2),
+        ]
+        ranks = sorted({r["target_rank"] for r in rows}, key=lambda rank: -rank)
+        for rank in ranks:
+            for method in NAMES:
+                mine = [r for r in rows if (r["target_rank"], r["method"]) == (rank, method)]
+                lines += [_row(mine, classes)] if mine else []
+        lines.append("")
+    return lines
+
+
+def _task(task: Data) -> str:
+    return {"alpaca": "Alpaca as text", "sst2": "SST-2"}[task["name"]]
+
+
+def _base(base: Data, task: Data) -> str:
+    told = f"Without an adapter the loss is {base['loss']:.3f}"
+    if "accuracy" not in base:
+        return told + "."
+    return f"{told} and the accuracy {base['accuracy']:.3f}; the larger class has {task['majority']['held_out']:.3f}."
+
+
+def _row(rows: Sequence[Data], classes: bool) -> str:
+    good = [r for r in rows if "loss" in r]
+    first = rows[0]
+    start = f"| {first['target_rank']} | {NAMES[first['method']]} | {len(rows)} | {first['learning_rate']:g} | "
+    if len(good) < len(rows):
+        return start + f"broke in {len(rows) - len(good)} |" + (" |" if classes else "") + " | | |"
+    figures = [_spread([r["loss"] for r in rows])]
+    figures += [_spread([r["accuracy"] for r in rows])] if classes else []
+    if "prune_seconds" in first:
+        figures += ["", f"+{statistics.mean(r['prune_seconds'] for r in rows):.1f}", ""]
+    else:
+        state, step = (
+            [statistics.mean(r[key][end] for r in rows) for end in ("first", "last")]
+            for key in ("state_bytes", "step_seconds")
+        )
+        figures.append(_change([f"{size / 2**20:.2f}" for size in state], "MiB"))
+        figures.append(f"{statistics.mean(r['seconds'] for r in rows):.1f}")
+        figures.append(" to ".join(f"{1000 * seconds:.0f}" for seconds in step))
+    return start + " | ".join(figures) + " |"
+
+
+def _change(ends: Sequence[str], unit: str) -> str:
+    return f"{ends[0]} {unit}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]} {unit}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
+
+
+def options(found: Iterable[Data]) -> list[str]:
+    """The losses of variants of our form on the validation part."""
+    files = list(found)
+    if not files:
+        return []
+    losses = [{r["method"]: r for r in data["tuning"]} for data in files]
+    heads = [f"{data['model']['name']}, {data['protocol']['task']['name']}" for data in files]
+    target, initial = losses[0]["ours"]["target_rank"], files[0]["protocol"]["settings"]["initial_rank"]
+    rates = ", ".join(f"{r['ours']['learning_rate']:g}" for r in losses)
+    lines = [
+        "## PrunedLoRA's options",
+        "",
+        f"The same training from rank {initial} to {target} with seed 0, loss on the validation part, one setting",
+        f"changed at a time (what the default is, in brackets); learning rates {rates}.",
+        "",
+        "| option | " + " | ".join(heads) + " |",
+        "| --- |" + " ---: |" * len(heads),
+    ]
+    for method, name in OPTIONS.items():
+        figures = [f"{r[method]['loss']:.3f}" if "loss" in r[method] else "broke" for r in losses if method in r]
+        lines.append(f"| {name} | " + " | ".join(figures) + " |")
+    return [*lines, ""]
