@@ -59,10 +59,10 @@ HEAD = """## PrunedLoRA beside LoRA, rsLoRA, DoRA and AdaLoRA
 `benchmarks/prunedlora.py`: every row fine-tunes the same model on the same examples for the same number of steps, with
 an adapter on every linear module. Loss [nats] and accuracy are of held-out examples, means over seeds with the standard
 deviation. Each method has at each rank the best learning rate of a grid, by the loss on a validation part with seed 0;
-what prunes "while training" starts as LoRA of the initial rank, with the schedule and rate of PrunedLoRA, and by another
-criterion; "afterwards" it is cut from what LoRA of the initial rank has learned, at once and without more training.
-State is what the trainable parameters and the optimizer's moments take after the first and the last step; seconds and
-milliseconds per step (of the first and the last 20) are those of one processor.
+what prunes "while training" has PrunedLoRA's schedule, rate and rule for alpha, and another criterion; "afterwards" it
+is cut from what LoRA of the initial rank has learned, at once and without more training. State is what the trainable
+parameters and the optimizer's moments take after the first and the last step; seconds and milliseconds per step (of the
+first and the last 20) are those of one processor.
 """
 
 

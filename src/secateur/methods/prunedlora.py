@@ -5,7 +5,7 @@
 | r_init, r_target | the rank of the `LoraConfig`; `target_rank` |
 | K1, steps between two removals; K2, components removed each time | `every`, `components` of `PrunedLoRASettings` |
 | the criterion and the update of what stays | `importance.components.ComponentCriterion`, `PAPER` for the paper's |
-| alpha = r, so that the scale is 1 at any rank | the scale of each module is kept, whatever it is |
+| alpha = r, so that the scale is 1 at any rank | `keep="scale"`: each module keeps its scale, whatever it is |
 
 1. Before each optimizer step, after accumulation and clipping: take the gradients of A and B into the averages.
 2. Every `every` steps: remove as many components as the schedule wants, chosen by the criterion, and change the others.
@@ -13,7 +13,8 @@
 3. What is removed leaves A, B, gradients and the optimizer's moments at once, so that it cannot come back.
 
 Deviations: the first removal comes after `every` steps or the warm-up (the code's comes at step 0, when B = 0 and A has
-no gradient); with `scope="global"` the modules share one budget; the published code never slices. Under distributed
+no gradient); alpha stays as ranks fall, so that the scale grows and small ranks take larger steps, unless
+`keep="scale"`; with `scope="global"` the modules share one budget; the published code never slices. Under distributed
 training components are set to zero with their moments, and leave when training ends.
 """
 

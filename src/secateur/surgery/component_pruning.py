@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from secateur.importance.components import Activations, ComponentCriterion, Pair, State
+from secateur.importance.component_activations import Activations
+from secateur.importance.components import ComponentCriterion, Pair, State
 from secateur.surgery.ranks import Components
 
 if TYPE_CHECKING:
