@@ -1,9 +1,10 @@
 """Components of LoRA adapters, removed in place: row j of A with column j of B, and what an optimizer keeps for them.
 
 A module computes W x + s B A x, with s = alpha / r (rsLoRA: alpha / sqrt(r)). When r falls, alpha falls with it so that
-s stays, unless `rescale` says otherwise, and removing a component is the same as setting it to zero; for DoRA, too, whose norms follow W + s B A. PEFT's
-own bookkeeping is kept right all the time, so that any `save_pretrained` writes a folder that plain PEFT loads: `r` and
-`lora_alpha` alone where every module has the same, `rank_pattern` and `alpha_pattern` where not.
+s stays, unless `rescale` says otherwise, and removing a component is the same as setting it to zero; for DoRA, too,
+whose norms follow W + s B A. PEFT's own bookkeeping is kept right all the time, so that any `save_pretrained` writes a
+folder that plain PEFT loads: `r` and `lora_alpha` alone where every module has the same, `rank_pattern` and
+`alpha_pattern` for those that differ.
 """
 
 from __future__ import annotations
