@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from secateur.errors import RecipeError
+from secateur.errors import EvaluationError, RecipeError
 from secateur.groups import OFFERED_KINDS
 
 
@@ -23,6 +23,18 @@ def _known_kind(name: str) -> str:
 
 
 Kind = Annotated[str, AfterValidator(_known_kind)]
+
+
+def _known_task(name: str) -> str:
+    from secateur.evaluation.tasks import task_named
+
+    try:
+        return task_named(name).name
+    except EvaluationError as error:
+        raise ValueError(str(error)) from error
+
+
+TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 class Section(BaseModel):
@@ -215,7 +227,11 @@ class TuneSettings(Section):
 
 
 class EvaluationSettings(Section):
-    """Texts to measure perplexity on; the papers use windows of 128, later work 2048."""
+    """Texts to measure perplexity on, in windows of 128 as the papers do or 2048 as later work; tasks of lm-eval.
+
+    The items of tasks come from the folder `task_data`, or from the hub; `limit` takes the first ones of each. `shots`
+    examples stand in front of an item, as many as the task's definition says if not given.
+    """
 
     texts: tuple[str, ...] = ()
     field: str | None = None
@@ -223,6 +239,18 @@ class EvaluationSettings(Section):
     stride: int | None = Field(None, ge=1)
     bos: bool = False
     batch_size: int = Field(8, ge=1)
+    tasks: tuple[TaskName, ...] = ()
+    task_data: str | None = None
+    limit: int | None = Field(None, ge=1)
+    shots: int | None = Field(None, ge=0)
+    allow_code_execution: bool = False
+
+    @model_validator(mode="after")
+    def _for_tasks(self) -> EvaluationSettings:
+        given = [name for name in ("task_data", "limit", "shots") if getattr(self, name) is not None]
+        if given and not self.tasks:
+            raise ValueError(f"{given[0]} is for tasks, and none are named (tasks, --tasks)")
+        return self
 
 
 class Recipe(Section):

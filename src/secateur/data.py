@@ -102,6 +102,16 @@ def load_corpus(name_or_file: str | Path, *, field: str | None = None, limit: in
     return Corpus(name, tuple(rows), hashlib.sha256(raw).hexdigest(), text)
 
 
+def json_rows(path: Path) -> tuple[list[dict[str, Any]], str]:
+    """The objects of a `.jsonl` file (also `.xz`, `.gz`), and the hash of its bytes.
+
+    Raises:
+        DataError: it is empty or damaged, or a line is no object.
+    """
+    raw = path.read_bytes()
+    return _json_lines(_decode(path, raw), path), hashlib.sha256(raw).hexdigest()
+
+
 def _decode(path: Path, raw: bytes) -> str:
     """The text of a file, unpacked by its suffix."""
     try:
@@ -138,7 +148,7 @@ def _json_lines(text: str, path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {number}: not JSON ({error.msg})") from error
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected an object with a text field")
+            raise DataError(f"{path}, line {number}: expected an object with named fields")
         rows.append(row)
     return rows
 
@@ -165,7 +175,7 @@ def _from_hub(name: str, field: str | None, limit: int | None) -> Corpus:
 
     repository, configuration, split, known_field = KNOWN[name]
     try:
-        _reach_hub(repository)
+        reach_hub(repository)
         data = load_dataset(repository, configuration, split=f"{split}[:{limit}]" if limit else split)
     except Exception as error:  # offline, gone, or gated: the remedy is the same
         raise DataError(
@@ -177,7 +187,7 @@ def _from_hub(name: str, field: str | None, limit: int | None) -> Corpus:
     return Corpus(name, tuple(rows), digest, f"{repository}/{configuration or ''}/{split}")
 
 
-def _reach_hub(repository: str) -> None:
+def reach_hub(repository: str) -> None:
     """Ask the hub for a data set once: `load_dataset` would try for half a minute before it says that nobody answers.
 
     Raises:

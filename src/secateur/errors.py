@@ -45,6 +45,10 @@ class KnowledgeError(SecateurError):
     """An analysis that cannot be made, read or gone on with, or that belongs to another model."""
 
 
+class EvaluationError(SecateurError):
+    """Tasks that are not known, cannot be run here, or whose answers so far belong to another model."""
+
+
 class NonFiniteError(SecateurError):
     """A loss or score that is NaN or infinite; names the parameter."""
 

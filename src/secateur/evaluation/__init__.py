@@ -5,8 +5,11 @@ from secateur.evaluation.distribution import Knowledge, Trial
 from secateur.evaluation.knowledge import RATIOS, check_ratios, groups_to_cut, knowledge_distribution
 from secateur.evaluation.perplexity import Perplexity, perplexity
 from secateur.evaluation.picture import check_picture, draw
+from secateur.evaluation.scores import TaskScore, average
+from secateur.evaluation.zero_shot import Prepared, prepare, setting, zero_shot
 
 __all__ = [
-    "RATIOS", "Agreement", "Knowledge", "Perplexity", "Removal", "Trial", "agreements", "best", "check_picture",
-    "check_ratios", "draw", "groups_to_cut", "knowledge_distribution", "perplexity", "removal_costs", "removals",
+    "RATIOS", "Agreement", "Knowledge", "Perplexity", "Prepared", "Removal", "TaskScore", "Trial", "agreements",
+    "average", "best", "check_picture", "check_ratios", "draw", "groups_to_cut", "knowledge_distribution", "perplexity",
+    "prepare", "removal_costs", "removals", "setting", "zero_shot",
 ]  # fmt: skip
