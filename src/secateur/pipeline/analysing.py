@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from secateur.evaluation import (
 )
 from secateur.groups import Groups
 from secateur.importance import Taylor, score
+from secateur.pipeline.kept import check_output, check_writable, key_of
 from secateur.pipeline.measured import Losses, Measured
 from secateur.pipeline.pruning import calibration_batch, calibration_corpus, criterion_of
 from secateur.pipeline.results import Clock, Results, header, load_model, needs_tokenizer, write_json
@@ -73,7 +72,7 @@ def analyze(
         "asked": [list(recipe.prune.kinds), list(ratios), recipe.prune.criterion, samples, seq_len, batch_size],
         "protocol": results["protocol"],
     }
-    kept = Measured(json_file, hash_of(facts), resume, _losses_in)
+    kept = Measured(json_file, key_of(facts), resume, _losses_in)
     clock.begin("cut groups alone")
     knowledge = knowledge_distribution(
         source.model,
@@ -101,11 +100,6 @@ def analyze(
     return results
 
 
-def hash_of(facts: Mapping[str, Any]) -> str:
-    """What losses depend on, as one hash."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
 def _losses_in(file: Path) -> Losses:
     """Those of a finished result."""
     return {(trial.group, trial.removed): trial.loss for trial in Knowledge.load(file).trials}
@@ -117,13 +111,10 @@ def check_files(json_file: Path | None, picture: Path | None, resume: bool) -> N
     Raises:
         KnowledgeError: they cannot, or there is nothing to resume from.
     """
-    if resume and json_file is None:
-        raise KnowledgeError("--resume goes on from what is kept beside the result: say which with --json FILE")
+    check_output(json_file, resume, KnowledgeError)
     if picture is not None:
         check_picture(picture)
-    for file in filter(None, (json_file, picture)):
-        if not file.absolute().parent.is_dir() or file.is_dir():
-            raise KnowledgeError(f"{file} cannot be written: it is a folder, or there is none to hold it")
+        check_writable(picture, KnowledgeError)
 
 
 def evaluation_text(recipe: Recipe) -> Corpus:

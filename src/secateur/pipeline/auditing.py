@@ -20,7 +20,8 @@ from secateur.evaluation.audit_picture import draw_audit
 from secateur.evaluation.picture import check_picture
 from secateur.groups import Group
 from secateur.importance import CRITERIA, score
-from secateur.pipeline.analysing import check_files, evaluation_text, hash_of
+from secateur.pipeline.analysing import check_files, evaluation_text
+from secateur.pipeline.kept import key_of
 from secateur.pipeline.measured import Losses, Measured
 from secateur.pipeline.pruning import calibration_batch, calibration_corpus, criterion_of
 from secateur.pipeline.results import Clock, Results, header, load_model, needs_tokenizer, write_json
@@ -77,7 +78,7 @@ def audit(
         "windows": [samples, seq_len, batch_size],
         "versions": results["protocol"]["versions"],
     }
-    kept = Measured(json_file, hash_of(facts), resume, _losses_in)
+    kept = Measured(json_file, key_of(facts), resume, _losses_in)
     clock.begin("remove")
     dense, changes = removal_costs(
         source.model, needs_tokenizer(source), corpus, groups, removed, seq_len=seq_len, samples=samples,

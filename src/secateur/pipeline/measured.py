@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from secateur.errors import KnowledgeError
+from secateur.pipeline.kept import Kept, beside
 
 Losses = Mapping[tuple[str, int], float]
 
 
 class Measured:
-    """Losses measured so far, kept beside the result.
-
-    The first line of the file is the hash of what they depend on, each other line a loss.
+    """Losses measured so far, kept beside the result; or taken from the result itself.
 
     Args:
         result: file for the result; nothing is kept if None.
@@ -31,48 +30,27 @@ class Measured:
 
     def __init__(self, result: Path | None, key: str, resume: bool, of_result: Callable[[Path], Losses]) -> None:
         self.key = key
-        self.file = None if result is None else result.with_name(result.name + ".work")
-        self.losses: dict[tuple[str, int], float] = {}
-        if result is not None and self.file is not None and resume:
-            if self.file.exists():
-                self._read(self.file)
-            elif result.exists():
-                found = of_result(result)
-                self._check(json.loads(result.read_text(encoding="utf-8")).get("key"), result)
-                self.losses = dict(found)
-        self._begun = False
+        file = beside(result)
+        self._kept = Kept(file, key, resume, _another(file))
+        if result is not None and resume and not self._kept.found and result.exists():
+            found = of_result(result)
+            if json.loads(result.read_text(encoding="utf-8")).get("key") != key:
+                raise _another(result)
+            self._kept.entries = [[*at, loss] for at, loss in found.items()]
+        self.losses: dict[tuple[str, int], float] = {(cut, number): loss for cut, number, loss in self._kept.entries}
 
     def add(self, cut: str, number: int, loss: float) -> None:
         """Keep a loss."""
         self.losses[cut, number] = loss
-        if self.file is None:
-            return
-        if not self._begun:  # what was read is written again: the last line may have been cut short
-            temporary = self.file.with_name(self.file.name + ".part")
-            lines = [json.dumps(self.key), *(json.dumps([*at, value]) for at, value in self.losses.items())]
-            temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            temporary.replace(self.file)
-            self._begun = True
-            return
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps([cut, number, loss]) + "\n")
+        self._kept.add([cut, number, loss])
 
     def forget(self) -> None:
         """Remove the file: the result holds everything."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+        self._kept.forget()
 
-    def _read(self, file: Path) -> None:
-        first, *lines = file.read_text(encoding="utf-8").split("\n")
-        self._check(json.loads(first) if first.endswith('"') else None, file)
-        for line in lines:
-            if line.endswith("]"):
-                cut, number, loss = json.loads(line)
-                self.losses[cut, number] = loss
 
-    def _check(self, key: str | None, file: Path) -> None:
-        if key != self.key:
-            raise KnowledgeError(
-                f"{file} holds what was measured of another model, text or setting, or by other versions; leave out "
-                "--resume to begin anew, or choose another --json"
-            )
+def _another(file: Path | None) -> KnowledgeError:
+    return KnowledgeError(
+        f"{file} holds what was measured of another model, text or setting, or by other versions; leave out --resume "
+        "to begin anew, or choose another --json"
+    )
