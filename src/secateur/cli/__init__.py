@@ -12,7 +12,8 @@ from secateur.cli.adapters import tune
 from secateur.cli.analysis import analyze, audit
 from secateur.cli.change import prune, recover
 from secateur.cli.common import out
-from secateur.cli.inspect import bench, eval_, groups
+from secateur.cli.evaluate import eval_
+from secateur.cli.inspect import bench, groups
 from secateur.cli.recipes import demo, recipes_app, run
 from secateur.cli.ship import export
 from secateur.errors import SecateurError
@@ -26,6 +27,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",
 }
 
 app = typer.Typer(

@@ -143,3 +143,43 @@ def _by_type(sizes: dict[str, int]) -> str:
     return "\n".join(
         f"{', '.join(kind for kind in sizes if sizes[kind] == size)} {size:,}" for size in dict.fromkeys(sizes.values())
     )
+
+
+def print_tasks(results: dict[str, Any]) -> None:
+    """A line for each task, of a run for each task and stage; nothing if there is none."""
+    rows = {
+        (task, stage): score
+        for task, found in results.get("tasks", {}).items()
+        for stage, score in ({"": found} if "metric" in found else found).items()
+    }
+    if not rows:
+        return
+    stages = [] if any(stage == "" for _, stage in rows) else ["model"]
+    names = dict.fromkeys(name for score in rows.values() for name in score if f"{name}_stderr" in score)
+    table = Table("task", *stages, *(Column(name, justify="right") for name in names), "items")
+    for (task, stage), score in rows.items():
+        cells = [_metric(score, name) for name in names]
+        table.add_row(task, *([stage] if stages else []), *cells, f"{score['n']:,} of {score['of']:,}")
+    out.print(table)
+    out.print("± one standard error; * the metric that stands for the task")
+    averages = results.get("tasks_average", {})
+    for stage, mean in ({"": averages} if "value" in averages else averages).items():
+        by_metric = {m: [t for t, of in mean["metrics"].items() if of == m] for m in mean["metrics"].values()}
+        taken = "; ".join(f"{metric} of {', '.join(tasks)}" for metric, tasks in by_metric.items())
+        error = "" if mean["stderr"] is None else f" ± {mean['stderr']:.4f}"
+        name = f"{stage}, " if stage else ""
+        out.print(f"{name}average of {mean['tasks']} tasks: {mean['value']:.4f}{error} ({taken})", soft_wrap=True)
+    for (task, stage), score in rows.items():
+        if score["truncated"]:
+            where = " ".join(filter(None, (task, stage)))
+            cut = f"{score['truncated']:,} items did not fit the model's positions: cut at their beginning"
+            out.print(f"{where}: {cut}", soft_wrap=True)
+
+
+def _metric(score: dict[str, Any], name: str) -> str:
+    """A figure with its standard error, marked if it stands for the task."""
+    if name not in score:
+        return ""
+    error = "" if score[f"{name}_stderr"] is None else f" ± {score[f'{name}_stderr']:.3f}"
+    mark = " *" if name == score["metric"] else ""
+    return f"{score[name]:.3f}{error}{mark}"

@@ -1,15 +1,14 @@
-"""Verbs that look at a model and change nothing: groups, eval, bench."""
+"""Verbs that look at a model and change nothing: groups, bench."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Column, Table
 
-from secateur.cli.common import Device, Dtype, Field, Json, Model, Text, Trust, out, recipe_of
+from secateur.cli.common import Device, Dtype, Json, Model, Trust, out, recipe_of
 
 if TYPE_CHECKING:
     from secateur.groups import Group
@@ -99,47 +98,6 @@ def _differences_of_kinds(proofs: Sequence[Proof]) -> list[dict[str, Any]]:
             row[name] = max((getattr(p, name) for p in proven), default=None)
         rows.append(row)
     return rows
-
-
-def eval_(
-    model: Model,
-    text: Text = None,
-    adapter: Annotated[Path | None, typer.Option(help="PEFT adapter folder to put on top.")] = None,
-    seq_len: Annotated[list[int] | None, typer.Option(help="Window length in tokens; may be repeated.")] = None,
-    field: Field = None,
-    stride: Annotated[int | None, typer.Option(help="Overlapping windows that move by this many tokens.")] = None,
-    bos: Annotated[bool, typer.Option("--bos", help="Begin every window with the BOS token.")] = False,
-    batch_size: Annotated[int | None, typer.Option(help="Windows per forward pass.")] = None,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: Trust = False,
-    json: Json = None,
-) -> None:
-    """Perplexity on texts, with its protocol."""
-    from secateur import pipeline
-
-    recipe = recipe_of(
-        model,
-        {
-            "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
-            "evaluation": {
-                "texts": text or ["wikitext2"],
-                "field": field,
-                "seq_len": seq_len,
-                "stride": stride,
-                "bos": bos,
-                "batch_size": batch_size,
-            },
-        },
-    )
-    results = pipeline.evaluate(pipeline.load_model(recipe), recipe, adapter=adapter)
-    table = Table("text", "perplexity", "tokens", "length", "stride", "dtype")
-    for name, p in results["perplexity"].items():
-        facts = [str(p["tokens"]), str(p["seq_len"]), str(p["stride"] or p["seq_len"]), results["protocol"]["dtype"]]
-        table.add_row(name, f"{p['value']:.3f}", *facts)
-    out.print(table)
-    if json:
-        pipeline.write_json(json, results)
 
 
 def bench(

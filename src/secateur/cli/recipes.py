@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from secateur.cli.adapters import print_adapter
-from secateur.cli.common import Overwrite, out, print_results
+from secateur.cli.common import Overwrite, out, print_results, print_tasks
 
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with Secateur.")
 
@@ -29,6 +29,7 @@ def run(
     loaded = load_recipe(recipe, overrides or [])
     results = pipeline.run_recipe(loaded, output, resume=resume, overwrite=overwrite)
     (print_results if loaded.tune is None else print_adapter)(results)
+    print_tasks(results)
     out.print(f"run folder: {output}")
 
 

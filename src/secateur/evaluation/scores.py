@@ -96,3 +96,20 @@ def average(scores: Iterable[TaskScore]) -> dict[str, Any] | None:
         "tasks": len(taken),
         "metrics": {score.task: score.metric for score in taken},
     }
+
+
+def figures(found: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float | None]]:
+    """Figures by name, and standard errors by the same names; the filter is part of a name if there are several."""
+    metrics: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
+    for key, value in found.items():
+        name, comma, chosen = key.partition(",")
+        if not comma:
+            continue
+        bare = name.removesuffix("_stderr")
+        kept = bare if chosen in ("none", "create_test") else f"{bare},{chosen}"
+        if bare == name:
+            metrics[kept] = float(value)
+        else:
+            errors[kept] = None if isinstance(value, str) else float(value)
+    return metrics, errors

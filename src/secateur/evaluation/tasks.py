@@ -1,6 +1,6 @@
-"""Which tasks there are, and their items from local files, in the form that lm-eval's definitions expect.
+"""Which tasks there are, and their items from the hub or local files, in the form that lm-eval's definitions expect.
 
-A file holds one JSON object per line (`.jsonl`, also `.gz` and `.xz`), with the fields of the data set on the hub.
+A local file holds one JSON object per line (`.jsonl`, also `.gz` and `.xz`), with the fields of the data set on the hub.
 Where files are known to differ from it, `FORMS` puts that right, so that the definition of a task is the same either
 way.
 """
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.data import json_rows
-from secateur.errors import DataError, EvaluationError
+from secateur.data import json_rows, reach_hub
+from secateur.errors import DataError, EvaluationError, first_line
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.xz")
@@ -96,14 +96,14 @@ def task_named(name: str) -> Task:
 
 @dataclass(frozen=True)
 class Items:
-    """The items of a task from local files.
+    """The items of a task.
 
     Attributes:
         rows: that are evaluated.
         training: for few-shot examples, None if none are asked for.
-        source: files that were read.
-        sha256: of the bytes of the file that is evaluated.
-        training_sha256: of the other one.
+        source: files that were read, or the data set on the hub.
+        sha256: of the bytes of the file that is evaluated, or of the rows from the hub.
+        training_sha256: the same of those for examples.
     """
 
     rows: Sequence[Row]
@@ -182,8 +182,36 @@ def _hellaswag(row: Row) -> Row:
 FORMS: Mapping[str, Callable[[Row], Row]] = {"boolq": _boolq, "hellaswag": _hellaswag}
 
 
-def hash_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Hash of rows that do not come from a file of ours."""
+def hub_items(task: Task, settings: Mapping[str, Any]) -> Items:
+    """The items of a task from the data set that lm-eval names.
+
+    Args:
+        settings: of lm-eval.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    from datasets import load_dataset
+
+    repository, training = settings["dataset_path"], "train" if settings["num_fewshot"] > 0 else None
+    try:
+        reach_hub(repository)
+        found = [
+            load_dataset(repository, settings.get("dataset_name"), split=split, **settings.get("dataset_kwargs") or {})
+            for split in filter(None, (task.split, training))
+        ]
+    except Exception as error:  # offline, gone, or gated: the remedy is the same
+        raise DataError(
+            f"{task.name} ({repository}) cannot be loaded from the hub: {type(error).__name__}: {first_line(error)}; "
+            "give a folder with local files: --task-data FOLDER"
+        ) from error
+    rows, *shots = ([dict(row) for row in data] for data in found)
+    hashes = [_hash_of_rows(part) for part in (rows, *shots)]
+    return Items(rows, shots[0] if shots else None, repository, hashes[0], hashes[1] if shots else None)
+
+
+def _hash_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Hash of rows that do not come from a local file."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr(sorted(row.items())).encode())

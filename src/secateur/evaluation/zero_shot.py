@@ -11,6 +11,7 @@ import copy
 import io
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from secateur.data import reach_hub
-from secateur.errors import DataError, EvaluationError, first_line
+from secateur.errors import EvaluationError, first_line
 from secateur.evaluation import code_execution
-from secateur.evaluation.scores import TaskScore
-from secateur.evaluation.tasks import Items, Task, hash_of_rows, local_items, task_named
+from secateur.evaluation.scores import TaskScore, figures
+from secateur.evaluation.tasks import Items, Task, hub_items, local_items, task_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -134,11 +134,10 @@ def _prepared(task: Task, folder: Path | None, shots: int | None) -> Prepared:
     notes: dict[str, Any] = {}
     if task.runs_code:
         notes["code_execution"] = code_execution.protection()
-    if folder is None:
-        return Prepared(task, settings, {"source": settings["dataset_path"]}, notes)
-    items = local_items(task, folder, with_training=settings["num_fewshot"] > 0)
+    with_training = settings["num_fewshot"] > 0
+    items = hub_items(task, settings) if folder is None else local_items(task, folder, with_training=with_training)
     _replace_items(settings, task, items)
-    data: dict[str, Any] = {"source": items.source, "sha256": items.sha256}
+    data = {"source": items.source, "sha256": items.sha256}
     if items.training_sha256 is not None:
         data["training_sha256"] = items.training_sha256
     return Prepared(task, settings, data, notes)
@@ -167,7 +166,7 @@ def _definition(task: Task) -> dict[str, Any]:
 
 
 def _replace_items(settings: dict[str, Any], task: Task, items: Items) -> None:
-    """Put rows in the place of a data set on the hub; splits that they do not fill are left out.
+    """Put rows in the place of a data set that lm-eval would load; splits that they do not fill are left out.
 
     The definition's own function that prepares rows is applied here, once: lm-eval applies it at every look at them.
     """
@@ -214,10 +213,10 @@ def _language_model(
             self._ask("generate_until", super().generate_until, requests)
             return [answers[hash_args("generate_until", r.args)] for r in requests]
 
-        def _ask(self, kind: str, ask: Callable[[list[Any]], Any], requests: list[Any]) -> None:
+        def _ask(self, kind: str, ask: Callable[..., Any], requests: list[Any]) -> None:
             new = {key: r for r in requests if (key := hash_args(kind, r.args)) not in answers}
             if new:
-                ask(list(new.values()))
+                ask(list(new.values()), disable_tqdm=not sys.stderr.isatty())
 
     lm = Remembering(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     lm.set_cache_hook(Hook())
@@ -226,6 +225,7 @@ def _language_model(
 
 def _score(lm: Any, item: Prepared, limit: int | None) -> TaskScore:
     """One task."""
+    from lm_eval.api.task import ConfigurableTask
     from lm_eval.evaluator import evaluate
 
     began = time.perf_counter()
@@ -237,7 +237,7 @@ def _score(lm: Any, item: Prepared, limit: int | None) -> TaskScore:
         settings["generation_kwargs"]["max_gen_toks"] = room
         if room < asked:
             notes["new_tokens"] = f"{room} instead of {asked}, half of the model's {lm.max_length} positions"
-    task = _task(item, settings)
+    task = ConfigurableTask(config=settings)
     task.set_fewshot_seed(seed=FEW_SHOT_SEED)
     try:
         found = evaluate(
@@ -254,10 +254,7 @@ def _score(lm: Any, item: Prepared, limit: int | None) -> TaskScore:
         ) from error
     samples = found["samples"][name]
     once = [s for s in samples if s["filter"] == samples[0]["filter"]]
-    metrics, errors = _metrics(found["results"][name])
-    data = item.data
-    if "sha256" not in data:
-        data = {**data, "sha256": hash_of_rows(list(task.dataset[item.task.split]))}
+    metrics, errors = figures(found["results"][name])
     return TaskScore(
         task=name,
         metrics=metrics,
@@ -268,49 +265,11 @@ def _score(lm: Any, item: Prepared, limit: int | None) -> TaskScore:
         shots=settings["num_fewshot"],
         version=str(settings["metadata"].get("version")),
         split=item.task.split,
-        data=data,
+        data=item.data,
         seconds=round(time.perf_counter() - began, 1),
         notes=notes,
         samples=samples,
     )
-
-
-def _task(item: Prepared, settings: dict[str, Any]) -> Any:
-    """lm-eval's task; loads its data set from the hub where there are no local files.
-
-    Raises:
-        DataError: it cannot be had.
-    """
-    from lm_eval.api.task import ConfigurableTask
-
-    if "custom_dataset" in settings:
-        return ConfigurableTask(config=settings)
-    repository = settings["dataset_path"]
-    try:
-        reach_hub(repository)
-        return ConfigurableTask(config=settings)
-    except Exception as error:  # offline, gone, or gated: the remedy is the same
-        raise DataError(
-            f"{item.task.name} ({repository}) cannot be loaded from the hub: {type(error).__name__}: "
-            f"{first_line(error)}; give a folder with local files: --task-data FOLDER"
-        ) from error
-
-
-def _metrics(found: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float | None]]:
-    """Figures by name, and standard errors by the same names; the filter is part of a name if there are several."""
-    metrics: dict[str, float] = {}
-    errors: dict[str, float | None] = {}
-    for key, value in found.items():
-        name, comma, chosen = key.partition(",")
-        if not comma:
-            continue
-        bare = name.removesuffix("_stderr")
-        kept = bare if chosen in ("none", "create_test") else f"{bare},{chosen}"
-        if bare == name:
-            metrics[kept] = float(value)
-        else:
-            errors[kept] = None if isinstance(value, str) else float(value)
-    return metrics, errors
 
 
 def _truncated(lm: Any, sample: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from secateur.benchmark import bench
 from secateur.config import Recipe, dump_recipe
 from secateur.errors import CheckpointError, RecipeError, SecateurError
+from secateur.evaluation import Prepared
+from secateur.pipeline.measuring import with_adapter
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.recovering import joined, recover_checkpoint
 from secateur.pipeline.results import Results, load_model, write_json
+from secateur.pipeline.tasks import prepared_tasks, stage, tasks_of_stages
 from secateur.pipeline.training import prune_while_training
 from secateur.pipeline.tuning import tune
 
@@ -21,24 +24,33 @@ from secateur.pipeline.tuning import tune
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
     """Run a recipe from start to end into a run folder: `pruned/`, `recovered/`, `recipe.yaml`, `results.json`.
 
-    A recipe with a `tune` section makes `adapter/` instead of the first two. With `resume`, stages whose folder is
-    complete are not repeated, and training goes on from its last checkpoint.
+    A recipe with a `tune` section makes `adapter/` instead of the first two. Where tasks are to be measured, `tasks/`
+    holds the scores of each stage. With `resume`, stages whose folder is complete are not repeated, training goes on
+    from its last checkpoint, and no task asks a model twice.
 
     Raises:
         SecateurError: for anything wrong with the input, or a run folder made by another recipe.
     """
+    prepared = prepared_tasks(recipe.evaluation)
     with _open_run(recipe, output, resume, overwrite):
-        results = _run(recipe, output, resume)
+        results = _tuned(recipe, output, prepared, resume) if recipe.tune else _run(recipe, output, prepared, resume)
         results["command"] = "run"
         write_json(output / "results.json", results)
     return results
 
 
-def _run(recipe: Recipe, output: Path, resume: bool) -> Results:
+def _tuned(recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: bool) -> Results:
+    """An adapter, and what it does on tasks."""
+    adapter = output / "adapter"
+    results = _finished(adapter) or tune(recipe, adapter, resume=resume)
+    if prepared:
+        tuned = stage(recipe, adapt=lambda base: with_adapter(base, adapter))
+        tasks_of_stages(results, recipe, prepared, output / "tasks", {"dense": stage(recipe), "tuned": tuned})
+    return results
+
+
+def _run(recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: bool) -> Results:
     """The stages of a recipe that are not complete yet, and the results of them all."""
-    if recipe.tune is not None:
-        adapter = output / "adapter"
-        return _finished(adapter) or tune(recipe, adapter, resume=resume)
     pruned, recovered = output / "pruned", output / "recovered"
     if recipe.method.trains:
         results = _finished(pruned) or prune_while_training(recipe, pruned, resume=resume)
@@ -47,6 +59,10 @@ def _run(recipe: Recipe, output: Path, resume: bool) -> Results:
     if recipe.recovers:
         after = _finished(recovered) or recover_checkpoint(recipe, pruned, recovered, resume=resume)
         results = joined(results, after)
+    if prepared:
+        stages = {"dense": stage(recipe), "pruned": stage(recipe, pruned)}
+        stages |= {"recovered": stage(recipe, recovered)} if recipe.recovers else {}
+        tasks_of_stages(results, recipe, prepared, output / "tasks", stages)
     if recipe.benchmark:
         dense = load_model(recipe)
         small = load_model(recipe, recovered if recipe.recovers else pruned)
