@@ -1,8 +1,8 @@
 """Which tasks there are, and their items from the hub or local files, in the form that lm-eval's definitions expect.
 
-A local file holds one JSON object per line (`.jsonl`, also `.gz` and `.xz`), with the fields of the data set on the hub.
-Where files are known to differ from it, `FORMS` puts that right, so that the definition of a task is the same either
-way.
+A local file holds one JSON object per line (`.jsonl`, also `.gz` and `.xz`), with the fields of the data set on the
+hub. Where files are known to differ from it, `FORMS` puts that right, so that the definition of a task is the same
+either way.
 """
 
 from __future__ import annotations
