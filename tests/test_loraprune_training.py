@@ -22,6 +22,7 @@ from secateur.discovery.trace import probe_ids
 from secateur.errors import PlanError
 from secateur.importance.lora_guided import LoraGuided
 from secateur.methods.loraprune import LoRAPrune
+from secateur.recovery.guided import GuidedAverage
 
 FFN, KV = "model.layers.1.mlp/ffn_channel", "model.layers.0.self_attn/kv_group"
 
@@ -40,7 +41,7 @@ class Averages(TrainerCallback):
         self.pruning, self.after = pruning, []
 
     def on_step_end(self, args, state, control, **_):
-        self.after.append({name: average.clone() for name, average in self.pruning.average.items()})
+        self.after.append({name: average.clone() for name, average in self.pruning.average.values.items()})
 
 
 class ByHand(TrainerCallback):
@@ -115,13 +116,13 @@ def test_half_precision_on_the_fly(options, tmp_path):
     assert found != plain
     np.testing.assert_allclose(found, plain, rtol=0.02)
     pruning = pair[1][0]
-    assert all(a.dtype == torch.float32 and torch.isfinite(a).all() for a in pruning.average.values())
+    assert all(a.dtype == torch.float32 and torch.isfinite(a).all() for a in pruning.average.values.values())
     assert pruning.finish().difference < 1e-4 and abs(pruning.sparsity - 0.3) < 0.01
 
 
 def test_a_model_in_bfloat16(tmp_path):
     pruning, _ = run(adapted(make("llama").bfloat16()), tmp_path)
-    assert all(a.dtype == torch.float32 for a in pruning.average.values())
+    assert all(a.dtype == torch.float32 for a in pruning.average.values.values())
     assert pruning.finish().model.dtype == torch.bfloat16
 
 
@@ -139,22 +140,21 @@ class TestScaledLoss:
         """What one step adds to the averages."""
         model, pruning = prepared
         pruning = copy.copy(pruning)
-        pruning.criterion, pruning.gradients = LoraGuided(variant), type(pruning.gradients)()
-        pruning.average = {name: torch.zeros_like(average) for name, average in pruning.average.items()}
-        if variant == "grad":
-            pruning.gradients.begin(pruning.live.base, [pruning.live.groups.named(n) for n in pruning.candidates])
+        pruning.average = GuidedAverage(variant)
+        pruning.average.prepare(pruning.live, pruning.candidates)
+        pruning.average.begin(pruning.live)
         inner = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_" in n], lr=0.1)
         scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale != 1)
         inner.zero_grad()
         ids = probe_ids(model)
         scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
-        pruning.gradients.end()
+        pruning.average.end()
         if spoil:
             inner.param_groups[0]["params"][0].grad[0, 0] = float("inf")
         optimizer = SimpleNamespace(scaler=scaler, optimizer=inner)
         state = SimpleNamespace(global_step=0, max_steps=10)
         pruning.on_pre_optimizer_step(None, state, None, optimizer=optimizer)
-        return pruning.average
+        return pruning.average.values
 
     @pytest.mark.parametrize("variant", ["lora", "grad"])
     def test_scores_are_those_without_a_scale(self, prepared, variant):
