@@ -2,7 +2,7 @@
 
 from secateur.pipeline.analysing import analyze
 from secateur.pipeline.auditing import audit
-from secateur.pipeline.measuring import benchmark, evaluate
+from secateur.pipeline.measuring import benchmark, evaluate, with_adapter
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.recipes import run_recipe
 from secateur.pipeline.recovering import prune_and_recover, recover_checkpoint
@@ -27,5 +27,6 @@ __all__ = [
     "recover_checkpoint",
     "run_recipe",
     "tune",
+    "with_adapter",
     "write_json",
 ]
