@@ -4,7 +4,7 @@
 
 Every item's answers are also compared with those of lm-eval run directly, on its own definitions and another copy of
 the model, with the files in the place of its data sets: `agreement` holds how many items have the same prompts and
-figures, and the largest difference of log-likelihoods.
+figures, and the largest difference of log-likelihoods. Items that lm-eval gives up on are left out of that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import logging
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,12 @@ from secateur.pipeline import PACKAGES, load_model, write_json
 Data = dict[str, Any]
 
 
-def direct(task: Task, args: argparse.Namespace, folder: Path) -> list[Data]:
-    """Every item as lm-eval logs it, from its own definition with only the data set replaced."""
+def direct(task: Task, args: argparse.Namespace, ours: Sequence[Data], folder: Path) -> list[Data]:
+    """Items as lm-eval logs them, from its own definition with only the data set replaced.
+
+    Args:
+        ours: all that are asked for; those are left out that lm-eval gives up on.
+    """
     items = folder / f"{task.name}.jsonl"
     rows = local_items(task, args.task_data, with_training=False).rows
     items.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -48,9 +53,10 @@ def direct(task: Task, args: argparse.Namespace, folder: Path) -> list[Data]:
     (folder / f"{task.name}.yaml").write_text(yaml.safe_dump({**definition, "task": task.name}))
     loaded = sc.load(args.model)
     lm = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=args.batch_size)
+    possible = [s["doc_id"] for s in ours if all(lm._encode_pair(*request)[1] for request in s["arguments"])]
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        lm, tasks=[task.name], task_manager=manager, limit=args.limit, bootstrap_iters=0, num_fewshot=0
+        lm, tasks=[task.name], task_manager=manager, samples={task.name: possible}, bootstrap_iters=0, num_fewshot=0
     )
     return found["samples"][task.name]
 
@@ -58,12 +64,14 @@ def direct(task: Task, args: argparse.Namespace, folder: Path) -> list[Data]:
 def compared(score: TaskScore, samples: list[Data]) -> Data:
     """Our items beside lm-eval's."""
     same, difference = 0, 0.0
-    for ours, theirs in zip(score.samples, samples, strict=True):
-        names = ours["metrics"]
-        same += ours["arguments"] == theirs["arguments"] and all(ours[n] == theirs[n] for n in names)
+    of_item = {sample["doc_id"]: sample for sample in score.samples}
+    for theirs in samples:
+        ours = of_item[theirs["doc_id"]]
+        same += ours["arguments"] == theirs["arguments"] and all(ours[n] == theirs[n] for n in ours["metrics"])
         pairs = zip(ours["filtered_resps"], theirs["filtered_resps"], strict=True)
         difference = max(difference, *(abs(a[0] - b[0]) for a, b in pairs))
-    return {"items": len(samples), "same": same, "largest_difference": difference}
+    left_out = len(of_item) - len(samples)
+    return {"items": len(samples), "same": same, "largest_difference": difference, "left_out": left_out}
 
 
 def main() -> None:
@@ -87,7 +95,7 @@ def main() -> None:
     whole = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as folder:
         for task, score in zip(SEVEN, scores, strict=True):
-            samples = direct(task, args, Path(folder))
+            samples = direct(task, args, score.samples, Path(folder))
             agreement[task.name] = compared(score, samples)
             print(task.name, agreement[task.name], flush=True)
     tasks = {score.task: score.to_json() for score in scores}

@@ -137,8 +137,24 @@ def test_what_does_not_fit_the_positions_is_counted(checkpoint_folder, tmp_path)
     assert score.truncated == 1 and score.items == 2
     row = task_files.items("piqa", 1)[0][0]
     task_files.write(tmp_path / "piqa.jsonl", [{**row, "sol1": "garden " * 300}])
-    with pytest.raises(EvaluationError, match="longer than the 256 positions"):
+    with pytest.raises(EvaluationError, match="longer than its 256 positions"):
         list(zero_shot(small.model, small.tokenizer, prepare(["piqa"], tmp_path)))
+
+
+def test_an_answer_that_a_token_of_the_prompt_swallows_is_encoded_by_itself(trained, tokenizer, tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<s>": 0, "</s>": 1, "?": 2, "a": 3, "b": 4, " ": 5, "a ": 6, "a b": 7}
+    bpe = Tokenizer(models.BPE(vocabulary, [("a", " "), ("a ", "b")], unk_token="?"))
+    words = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="?")
+    rows = [{"sentence": "_ b", "option1": "a", "option2": "b", "answer": "1"}] * 2
+    task_files.write(tmp_path / "winogrande.jsonl", rows)
+    (score,) = zero_shot(trained, words, prepare(["winogrande"], tmp_path))
+    assert score.notes["answers_encoded_apart"].startswith("of 2 items")
+    (sample, _) = score.samples
+    assert [len(words(context + answer)["input_ids"]) for context, answer in sample["arguments"]] == [1, 3]
+    assert all(value < 0 for value, _ in sample["filtered_resps"])
 
 
 def test_eval_prints_and_writes_every_figure(secateur, folder, checkpoint_folder, tmp_path):

@@ -210,6 +210,25 @@ def hub_items(task: Task, settings: Mapping[str, Any]) -> Items:
     return Items(rows, shots[0] if shots else None, repository, hashes[0], hashes[1] if shots else None)
 
 
+def put_in_place(settings: dict[str, Any], task: Task, items: Items) -> None:
+    """Put rows in the place of a data set that lm-eval would load; splits that they do not fill are left out.
+
+    The definition's own function that prepares rows is applied here, once: lm-eval applies it at every look at them.
+    """
+    from datasets import Dataset, DatasetDict
+
+    splits = {task.split: items.rows, **({} if items.training is None else {"train": items.training})}
+    prepare_rows = settings.pop("process_docs", None) or (lambda rows: rows)
+
+    def rows_in_memory(**_: Any) -> DatasetDict:
+        return DatasetDict({name: prepare_rows(Dataset.from_list(list(rows))) for name, rows in splits.items()})
+
+    settings["custom_dataset"] = rows_in_memory
+    for kind in ("training_split", "validation_split", "test_split", "fewshot_split"):
+        if settings.get(kind) not in splits:
+            settings[kind] = None
+
+
 def _hash_of_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     """Hash of rows that do not come from a local file."""
     digest = hashlib.sha256()

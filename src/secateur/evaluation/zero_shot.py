@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.errors import EvaluationError, first_line
 from secateur.evaluation import code_execution
 from secateur.evaluation.scores import TaskScore, figures
-from secateur.evaluation.tasks import Items, Task, hub_items, local_items, task_named
+from secateur.evaluation.tasks import Task, hub_items, local_items, put_in_place, task_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -136,7 +136,7 @@ def _prepared(task: Task, folder: Path | None, shots: int | None) -> Prepared:
         notes["code_execution"] = code_execution.protection()
     with_training = settings["num_fewshot"] > 0
     items = hub_items(task, settings) if folder is None else local_items(task, folder, with_training=with_training)
-    _replace_items(settings, task, items)
+    put_in_place(settings, task, items)
     data = {"source": items.source, "sha256": items.sha256}
     if items.training_sha256 is not None:
         data["training_sha256"] = items.training_sha256
@@ -165,25 +165,6 @@ def _definition(task: Task) -> dict[str, Any]:
     return settings
 
 
-def _replace_items(settings: dict[str, Any], task: Task, items: Items) -> None:
-    """Put rows in the place of a data set that lm-eval would load; splits that they do not fill are left out.
-
-    The definition's own function that prepares rows is applied here, once: lm-eval applies it at every look at them.
-    """
-    from datasets import Dataset, DatasetDict
-
-    splits = {task.split: items.rows, **({} if items.training is None else {"train": items.training})}
-    prepare_rows = settings.pop("process_docs", None) or (lambda rows: rows)
-
-    def rows_in_memory(**_: Any) -> DatasetDict:
-        return DatasetDict({name: prepare_rows(Dataset.from_list(list(rows))) for name, rows in splits.items()})
-
-    settings["custom_dataset"] = rows_in_memory
-    for kind in ("training_split", "validation_split", "test_split", "fewshot_split"):
-        if settings.get(kind) not in splits:
-            settings[kind] = None
-
-
 def _language_model(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -191,7 +172,11 @@ def _language_model(
     answers: dict[str, Any],
     on_answer: OnAnswer | None,
 ) -> Any:
-    """lm-eval's form of a model, which asks it only what has no answer yet."""
+    """lm-eval's form of a model, which asks it only what has no answer yet.
+
+    Where a token runs across the end of a prompt, and nothing would be left of an answer, lm-eval gives up: here the
+    answer is encoded by itself then.
+    """
     from lm_eval.api.model import hash_args
     from lm_eval.models.huggingface import HFLM
 
@@ -212,6 +197,10 @@ def _language_model(
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             self._ask("generate_until", super().generate_until, requests)
             return [answers[hash_args("generate_until", r.args)] for r in requests]
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            before, answer = super()._encode_pair(context, continuation)
+            return before, answer or self.tok_encode(continuation, add_special_tokens=False)
 
         def _ask(self, kind: str, ask: Callable[..., Any], requests: list[Any]) -> None:
             new = {key: r for r in requests if (key := hash_args(kind, r.args)) not in answers}
@@ -250,10 +239,12 @@ def _score(lm: Any, item: Prepared, limit: int | None) -> TaskScore:
         )
     except AssertionError as error:
         raise EvaluationError(
-            f"{name}: an answer is longer than the {lm.max_length} positions of the model, or empty ({error!r})"
+            f"{name}: lm-eval cannot ask this model, as where an answer is longer than its {lm.max_length} positions"
         ) from error
     samples = found["samples"][name]
     once = [s for s in samples if s["filter"] == samples[0]["filter"]]
+    if apart := sum(_encoded_apart(lm, s, settings) for s in once):
+        notes["answers_encoded_apart"] = f"of {apart} items: a token runs across the end of the prompt"
     metrics, errors = figures(found["results"][name])
     return TaskScore(
         task=name,
@@ -278,6 +269,13 @@ def _truncated(lm: Any, sample: Mapping[str, Any], settings: Mapping[str, Any]) 
         room = lm.max_length - settings["generation_kwargs"]["max_gen_toks"]
         return any(len(lm.tok_encode(context)) > room for context, _ in sample["arguments"])
     return any(len(lm.tok_encode(context + answer)) > lm.max_length + 1 for context, answer in sample["arguments"])
+
+
+def _encoded_apart(lm: Any, sample: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
+    """Whether an answer of an item was encoded by itself."""
+    if settings["output_type"] == "generate_until":
+        return False
+    return any(len(lm.tok_encode(c + answer)) <= len(lm.tok_encode(c.rstrip())) for c, answer in sample["arguments"])
 
 
 @contextlib.contextmanager
