@@ -13,6 +13,7 @@ from typing import Any
 import loraprune_page
 import lorashear_page
 import prunedlora_page
+import zero_shot_page
 
 RESULTS = Path(__file__).parent / "results"
 BASES = ("full_gradients", "forward_backward")
@@ -180,7 +181,7 @@ def prunedlora() -> list[str]:
 
 def main() -> None:
     lines = [HEAD, *criteria(), *leave_one_out(), *scoring_cost(), *loraprune(), *prunedlora()]
-    lines += [*discovery_speed(), *streaming()]
+    lines += [*zero_shot_page.zero_shot(results("zero_shot_*.json")), *discovery_speed(), *streaming()]
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
 
 
