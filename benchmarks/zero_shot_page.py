@@ -20,8 +20,8 @@ def zero_shot(found: Iterable[Data]) -> list[str]:
         "## Zero-shot tasks",
         "",
         f"`benchmarks/zero_shot.py`: the first {p['limit']} items of each local file (halves of the official splits: "
-        f"{of}), no examples, {p['threads']} thread(s), batches of {p['batch_size']}; lm-eval {harness}. `acc_norm` where the name says so, else `acc`: LLM-Pruner's choice. "
-        "One standard error. These models know only stories, and sit at chance: the table shows that the machinery "
+        f"{of}), no examples, {p['threads']} thread(s), batches of {p['batch_size']}; lm-eval {harness}. "
+        "`acc_norm` where the name says so, else `acc`: LLM-Pruner's choice. One standard error. These models know only stories, and sit at chance: the table shows that the machinery "
         "agrees with lm-eval, not what pruning costs.",
         "",
         "| model | " + " | ".join(_head(score) for score in reports[0]["tasks"].items()) + " | average |",
@@ -47,7 +47,8 @@ def zero_shot(found: Iterable[Data]) -> list[str]:
         cut = sum(score["truncated"] for score in data["tasks"].values())
         lines.append(
             f"| {data['model']['name']} | {data['model']['parameters']:,} | {data['protocol']['dtype']} | "
-            f"{'yes' if data['protocol']['bos'] else 'no'} | {same:,} of {items:,} | {difference:.0e} | {out} | {cut} | {data['seconds']:.0f} |"
+            f"{'yes' if data['protocol']['bos'] else 'no'} | {same:,} of {items:,} | "
+            f"{difference:.0e} | {out} | {cut} | {data['seconds']:.0f} |"
         )
     return [*lines, ""]
 
