@@ -67,10 +67,12 @@ class Comparison:
         rates = [self._rate(alike.get(method, method), target) for target, method in trainings]
         for seed in self.args.seeds:
             for (target, method), rate in zip(trainings, rates, strict=True):
-                if not self._done(method, target, seed):
-                    self.report["rows"] += self._rows(method, target, seed, rate)
-                    print(self.report["rows"][-1], flush=True)
-                    write_json(self.args.output, self.report)
+                if all(self._done(m, rank, seed) for rank, m in [(target, method), *self._after(method)]):
+                    continue
+                made = self._rows(method, target, seed, rate)
+                self.report["rows"] += [r for r in made if not self._done(r["method"], r["target_rank"], seed)]
+                print(self.report["rows"][-1], flush=True)
+                write_json(self.args.output, self.report)
 
     def _wanted(self) -> Iterator[tuple[int, str]]:
         """Trainings: what prunes afterwards comes with `lora-initial`, which is one for all target ranks."""
@@ -90,12 +92,15 @@ class Comparison:
         model, row = self._trained(method, target, seed, rate)
         row |= {} if model is None else self.task.result(model, "held_out")
         rows = [row]
-        if method == "lora-initial" and model is not None:
-            for after in (m for m in self.args.methods if m.startswith(AFTER)):
-                for rank in self.args.target_ranks:
-                    pruned, facts = pruned_after(model, self.source.tokenizer, row, self.task, after, rank, self.args)
-                    rows.append(facts | self.task.result(pruned, "held_out"))
+        for rank, after in self._after(method) if model is not None else []:
+            pruned, facts = pruned_after(model, self.source.tokenizer, row, self.task, after, rank, self.args)
+            rows.append(facts | self.task.result(pruned, "held_out"))
         return rows
+
+    def _after(self, method: str) -> list[tuple[int, str]]:
+        """What is pruned after this training."""
+        after = [m for m in self.args.methods if m.startswith(AFTER)] if method == "lora-initial" else []
+        return [(rank, m) for m in after for rank in self.args.target_ranks]
 
     def _trained(self, method: str, target: int, seed: int, rate: float) -> tuple[Any, Data]:
         """A trained model and the start of its row; no model, and the error, where its loss broke."""
