@@ -22,7 +22,8 @@ def zero_shot(found: Iterable[Data]) -> list[str]:
         f"`benchmarks/zero_shot.py`: the first {p['limit']} items of each local file (halves of the official splits: "
         f"{of}), no examples, {p['threads']} thread(s), batches of {p['batch_size']}; lm-eval {harness}. "
         "`acc_norm` where the name says so, else `acc`: LLM-Pruner's choice. One standard error. These models know",
-        "only stories, and sit at chance: the table shows that the machinery agrees with lm-eval, not what pruning costs.",
+        "only stories, and sit at chance: the table shows that the machinery agrees with lm-eval, not what pruning",
+        "costs.",
         "",
         "| model | " + " | ".join(_head(score) for score in reports[0]["tasks"].items()) + " | average |",
         "| --- |" + " ---: |" * (len(tasks) + 1),
