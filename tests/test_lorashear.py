@@ -118,6 +118,54 @@ def test_the_strength_turns_the_displacement_and_ends_in_time(norm, moved, cosin
     assert factor == (pytest.approx(1 - taken / norm) if inside else 0)
 
 
+@pytest.mark.parametrize(
+    "norm, along, moved, wanted",
+    [
+        (2.0, -1.0, 0.5, 0.01),  # the displacement shortens x: the least strength, lambda_0
+        (2.0, 0.0, 0.5, 0.01),
+        (4.0, 0.001, 0.1, 0.01),  # 20 * 0.001 / 4 = 0.005, raised to lambda_0
+        (2.0, 0.2, 0.5, 2.0),  # 20 * 0.2 / 2; turned around at 0.25 * 2 / 0.2 = 2.5
+        (1.0, 0.9, 1.0, (0.9 + 1 / 0.9) / 2),  # 18, beyond what turns it around: the middle of both bounds
+        (0.001, 0.01, 100.0, 10.0),  # 20 * 0.01 / 0.001 = 200, lowered to 1000 lambda_0; turned around at 1000
+    ],
+)
+def test_the_strength_is_otov2s_by_hand(norm, along, moved, wanted):
+    found = Displacement(*(torch.tensor([v], dtype=torch.float64) for v in (norm**2, along, moved**2)))
+    assert float(_lambda(found)) == pytest.approx(wanted)
+
+
+def test_a_whole_period_of_half_space_steps_is_equation_2_after_every_step(tmp_path):
+    """Against a slow copy that keeps whole matrices: x <- x + moved - lambda x / |x|, or zero."""
+    pruning = LoRAShear(0.3, periods=1, warmup=0.2, cooldown=0.4)
+    seen, steps = [], []
+
+    class Before(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if pruning.redundant:
+                layers, group = producers_of(pruning.live, FFN), pruning.live.groups.named(FFN)
+                self.units = pruning.redundant[FFN]
+                seen.append([stacked(layers, part, group.units)[self.units] for part in ("x", "moved")])
+
+    class After(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if len(seen) > len(steps):
+                group = pruning.live.groups.named(FFN)
+                steps.append(stacked(producers_of(pruning.live, FFN), "x", group.units)[before.units])
+
+    before = Before()
+    trained(adapted(make("llama").double()), [before, pruning, After()], tmp_path, steps=10)
+    assert len(steps) == 4
+    for number, ((x, moved), now) in enumerate(zip(seen, steps, strict=True)):
+        left = 4 - number
+        found = Displacement(x.square().sum(1), (x * moved).sum(1), moved.square().sum(1))
+        norm = x.norm(dim=1)
+        strength = torch.maximum(_lambda(found), norm / left)
+        new = x + moved - strength[:, None] * x / norm.clamp_min(1e-300)[:, None]
+        inside = ((new * x).sum(1) >= 0) & (norm > 0) & (left > 1)
+        torch.testing.assert_close(now, torch.where(inside[:, None], new, torch.zeros_like(new)))
+    assert not steps[-1].any() and steps[0].any()
+
+
 def test_a_half_space_step_is_equation_2(live):
     group = live.groups.named(FFN)
     layers = producers_of(live, FFN)

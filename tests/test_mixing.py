@@ -156,7 +156,7 @@ def test_the_worse_source_gets_more(damaged, trained, tokenizer, corpora, tmp_pa
         for name, f in figures.items():
             assert f["degradation"] == pytest.approx(max(0, f["loss"] / f["dense_loss"] - 1))
             own = f["degradation"] / total if total else sizes[name] / sum(sizes.values())
-            assert f["share"] == pytest.approx(0.8 * own + 0.2 * sizes[name] / sum(sizes.values()))
+            assert f["share"] == pytest.approx(0.5 * own + 0.5 * sizes[name] / sum(sizes.values()))
         assert sum(f["examples"] for f in figures.values()) == 3 * 4
     assert end["sources"][worse]["degradation"] < first[worse]["degradation"]
     lines = [line for line in capfd.readouterr().err.splitlines() if ": mix, round " in line]
@@ -284,6 +284,26 @@ def test_text_comes_before_instructions_and_leaves_them_what_it_does_not_use():
         Rounds(sources, settings, 1, 2)
 
 
+def test_text_and_instructions_part_only_when_no_more_units_go():
+    def source(name, is_instructions, examples):
+        return Source(name, is_instructions, examples + 1, [{}] * examples, [{}])
+
+    both = [source("a", False, 60), source("i", True, 20)]
+    settings = RecoverySettings(mix="dynamic", round_steps=10)
+    found = Rounds(both, settings, 100, 2, pruned_at=35).stages
+    assert [(stage.name, stage.rounds) for stage in found] == [("all", 4), ("text", 5), ("instructions", 1)]
+    assert [s.name for s in found[0].sources] == ["a", "i"]
+    late = Rounds(both, settings, 100, 2, pruned_at=100).stages  # each stage keeps a round
+    assert [(stage.name, stage.rounds) for stage in late] == [("all", 8), ("text", 1), ("instructions", 1)]
+    text = Rounds([both[0], source("b", False, 5)], settings, 100, 2, pruned_at=35).stages
+    assert [stage.name for stage in text] == ["text"]
+
+
+def test_the_methods_say_when_the_last_units_go():
+    assert sc.LoRAPrune(0.2, cooldown=0.3).last_cut(100) == 70
+    assert sc.LoRAShear(0.2, cooldown=0.3).last_cut(100) == 70
+
+
 def test_a_uniform_mix_takes_the_same_from_each_and_needs_no_dense_model(damaged, tokenizer, corpora, instructions,
                                                                          tmp_path):  # fmt: skip
     settings = replace(QUICK, mix="uniform", steps=4, seq_len=240, round_steps=2, batch_size=5)
@@ -392,7 +412,7 @@ def test_prune_and_recover_and_loraprune_take_a_mix(secateur, checkpoint_folder,
 
 BAD = {
     "unknown mix": (["--mix", "best"], "recovery.mix: Input should be 'proportional', 'uniform' or 'dynamic'"),
-    "no use": (["--mix", "uniform", "--balance", "0.5"], "a uniform mix has no use for balance"),
+    "no use": (["--mix", "uniform", "--balance", "0.3"], "a uniform mix has no use for balance"),
     "no use either": (["--round-steps", "5"], "a proportional mix has no use for round_steps"),
     "no such dense": (["--mix", "dynamic", "--dense", "./nowhere"], "./nowhere does not exist"),
     "other vocabulary": (["--mix", "dynamic", "--dense", "{other}"], "has another vocabulary (64 tokens) than"),

@@ -181,7 +181,13 @@ def windows_in_batches(
     samples: int | None,
     batch_size: int,
 ) -> list[list[Window]]:
-    """The first windows of the text, some at a time."""
+    """The first windows of the text, some at a time.
+
+    Raises:
+        DataError: a window predicts nothing, or the text is shorter than one.
+    """
+    if seq_len < 2:
+        raise DataError(f"windows of {seq_len} token predict nothing; expected a --seq-len of 2 or more")
     ids = tokens_of(model, tokenizer, corpus, seq_len)
     windows = windows_of(ids, seq_len, None, predict_first=False)[:samples]
     if not windows:

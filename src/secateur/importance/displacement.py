@@ -75,11 +75,11 @@ def saliency(
 ) -> dict[str, Tensor]:
     """Importance of every unit of every group, float32 on the CPU, higher = keep.
 
-    `magnitude` is |x|; `cosine` 1 + cos(x, gamma B A), low where training pushes a unit to zero already; `first` is
-    |<x, gamma B A>| and `second` half its square, the first terms of a Taylor series with the displacement in the
-    gradient's place: alone they rank alike. `guided`, ours, is what the argument holds: LoRA-guided importance, whose
-    gradient is that of the factors. Each is divided by its Euclidean norm over all units, and their mean is taken, as
-    in the sibling code of the paper's authors; the paper itself only speaks of proxies.
+    `magnitude` is |x|; `cosine` 1 + cos(x, gamma B A), low where training pushes a unit to zero already, and 0 where it
+    is zero; `first` is |<x, gamma B A>| and `second` half its square, the first terms of a Taylor series with the
+    displacement in the gradient's place: alone they rank alike. `guided`, ours, is what the argument holds:
+    LoRA-guided importance, whose gradient is that of the factors. Each is divided by its Euclidean norm over all units,
+    and their mean is taken, as in the sibling code of the paper's authors; the paper itself only speaks of proxies.
 
     Args:
         found: displacement of each group.
@@ -93,7 +93,7 @@ def saliency(
     tiny = torch.finfo(torch.float64).tiny
     values = {
         "magnitude": squared.sqrt(),
-        "cosine": 1 + along / (squared * moved).sqrt().clamp_min(tiny),
+        "cosine": (1 + along / (squared * moved).sqrt().clamp_min(tiny)) * (squared > 0),
         "first": along.abs(),
         "second": along.square() / 2,
     }

@@ -97,6 +97,9 @@ class LoRAPrune(GradualPruning):
         self.average = GuidedAverage(self.settings.variant, self.settings.normalise, self.settings.ema)
         self._state_checked = False
 
+    def last_cut(self, steps: int) -> int:
+        return next(step for step in range(steps + 1) if self._done(step, steps))
+
     def check(self, live: LiveModel, chosen: Any) -> None:
         """Refuse adapters that cannot guide, weights without gradients, and modules that cannot be compacted."""
         check_adapted(live.base, chosen)

@@ -107,6 +107,9 @@ class LoRAShear(GradualPruning):
         self.redundant: dict[str, Tensor] = {}
         self.average = GuidedAverage()
 
+    def last_cut(self, steps: int) -> int:
+        return self._begins(steps)[-1]
+
     def check(self, live: LiveModel, chosen: Any) -> None:
         """Refuse packed weights, adapters that are no plain LoRA, and units that no weight puts out."""
         refuse_packed(live.base, "pushed to zero", PlanError)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from secateur.checkpoint import Checkpoint
 from secateur.config import Recipe
-from secateur.data import load_corpus
+from secateur.data import Corpus, load_corpus
 from secateur.pipeline.dense import dense_of
 from secateur.pipeline.recovering import recovery_settings
 from secateur.pipeline.results import Clock, Results, needs_tokenizer, values
@@ -18,12 +19,30 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+def training_corpora(recipe: Recipe) -> list[Corpus]:
+    """What a recipe trains on, read before anything is measured.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    assert recipe.recovery is not None
+    return [load_corpus(name, field=recipe.recovery.field) for name in recipe.recovery.data]
+
+
 def train_adapters(
-    source: Checkpoint, recipe: Recipe, pruning: Any, work: Path, resume: bool, clock: Clock, results: Results
+    source: Checkpoint,
+    recipe: Recipe,
+    corpora: Sequence[Corpus],
+    pruning: Any,
+    work: Path,
+    resume: bool,
+    clock: Clock,
+    results: Results,
 ) -> PeftModel:
     """Train fresh adapters in the model itself; settings, data and log go into the results, under `training`.
 
     Args:
+        corpora: what to train on.
         pruning: callback of the Trainer with `prepare(model, checkpoint)`, which refuses what cannot be pruned.
         work: folder of the training checkpoints.
         resume: go on from the last checkpoint in it.
@@ -31,7 +50,6 @@ def train_adapters(
     assert recipe.recovery is not None
     settings = replace(recovery_settings(recipe.recovery, recipe.seed), patience=0)  # it must reach its end
     dense = dense_of(recipe, source) if recipe.recovery.dense else None
-    corpora = [load_corpus(name, field=recipe.recovery.field) for name in recipe.recovery.data]
     clock.begin("discover")
     adapted = with_adapters(source.model, settings, experts=False)
     initial = adapted.num_parameters(only_trainable=True)

@@ -31,17 +31,21 @@ class Kept:
         Args:
             file: None to keep nothing.
             resume: go on with the file if there is one; else it is begun anew.
-            refusal: raised if that file has another key.
+            refusal: raised if that file has another key, or is damaged.
         """
         self.file, self.key = file, key
         self.entries: list[Entry] = []
         self.found = resume and file is not None and file.exists()
         self._begun = False
         if self.found and file is not None:
-            first, *lines = file.read_text(encoding="utf-8").split("\n")
+            try:
+                first, *lines = file.read_text(encoding="utf-8").split("\n")
+                entries = [json.loads(line) for line in lines if line.endswith("]")]
+            except (OSError, ValueError) as error:  # damaged, or not a file of ours at all
+                raise refusal from error
             if first != json.dumps(key):
                 raise refusal
-            self.entries = [json.loads(line) for line in lines if line.endswith("]")]
+            self.entries = entries
 
     def add(self, entry: Entry) -> None:
         """Keep an entry."""

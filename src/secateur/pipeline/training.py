@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from secateur.allocation import Budget
 from secateur.checkpoint import WIDTHS, Checkpoint, check_packable, output_folder, quantised_copy
 from secateur.config import Recipe
+from secateur.data import Corpus
 from secateur.errors import BudgetError
-from secateur.pipeline.adapting import train_adapters
+from secateur.pipeline.adapting import train_adapters, training_corpora
 from secateur.pipeline.protecting import protection
 from secateur.pipeline.pruning import add_pruned, dense_results
 from secateur.pipeline.results import (
@@ -42,6 +43,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
     work = output.with_name(output.name + ".work")
     protects = protection(recipe.prune)
     pruning = method_of(recipe, protects.groups)
+    corpora = training_corpora(recipe)
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
@@ -50,7 +52,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["protocol"]["settings"] = asdict(pruning.settings)
         if how := recipe.prune.quantize_output:
             pruning.accept = partial(check_packable, name=how, device=source.model.device)
-        outcome = _trained(source, recipe, pruning, work, resume, clock, results)
+        outcome = _trained(source, recipe, corpora, pruning, work, resume, clock, results)
         small = add_pruned(results, outcome.model, source, recipe, clock)
         results["masked_minus_cut"] = outcome.difference
         results["kinds"] = dict(outcome.shares)
@@ -104,6 +106,7 @@ def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> GradualPruning:
 def _trained(
     source: Checkpoint,
     recipe: Recipe,
+    corpora: Sequence[Corpus],
     pruning: GradualPruning,
     work: Path,
     resume: bool,
@@ -111,7 +114,7 @@ def _trained(
     results: Results,
 ) -> GradualResult:
     """Train with the method's callback, and cut."""
-    train_adapters(source, recipe, pruning, work, resume, clock, results)
+    train_adapters(source, recipe, corpora, pruning, work, resume, clock, results)
     clock.begin("cut")
     outcome = pruning.finish()
     results["training"]["sparsity"] = pruning.history

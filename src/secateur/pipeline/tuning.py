@@ -13,7 +13,7 @@ from secateur.checkpoint import Checkpoint, output_folder, quantisation, write_a
 from secateur.config import Recipe, TuneSettings
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, CheckpointError, RecipeError, first_line
-from secateur.pipeline.adapting import train_adapters
+from secateur.pipeline.adapting import train_adapters, training_corpora
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -140,7 +140,7 @@ def _trained(
     source: Checkpoint, recipe: Recipe, pruning: PrunedLoRA, work: Path, resume: bool, clock: Clock, results: Results
 ) -> PeftModel:
     """Train and prune; what was done goes into the results."""
-    adapted = train_adapters(source, recipe, pruning, work, resume, clock, results)
+    adapted = train_adapters(source, recipe, training_corpora(recipe), pruning, work, resume, clock, results)
     pruning.finish()
     results["params"] = {"initial": results["training"]["initial_parameters"]}
     results["training"]["ranks"] = pruning.history

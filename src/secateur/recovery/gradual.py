@@ -154,6 +154,10 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         self.accept(live.check_cut(self.planned(self.settings.final, zeros(live, self.candidates), settle=True)))
         self.shares = {}
 
+    def last_cut(self, steps: int) -> int:
+        """The step after which no more units go, of a run of so many steps."""
+        raise NotImplementedError
+
     def check(self, live: LiveModel, chosen: Any) -> None:
         """Refuse models that the method cannot prune; `chosen` are the groups.
 

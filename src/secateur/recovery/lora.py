@@ -18,6 +18,7 @@ from secateur.data import Corpus
 from secateur.errors import DataError, RecipeError, first_line
 from secateur.recovery.callbacks import MeasureTexts, OwnFolder, PrintLosses, StopOnBrokenLoss
 from secateur.recovery.examples import IGNORED, training_examples
+from secateur.recovery.gradual import GradualPruning
 from secateur.recovery.rounds import Rounds, check_pooled, mix_record
 from secateur.recovery.sources import sources_of
 from secateur.recovery.targets import Targets, all_targets, read_directly
@@ -176,7 +177,9 @@ def train(
         sources = sources_of(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
         arguments = _arguments(settings, sum(s.size for s in sources), output, adapted.dtype)
         per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        rounds = Rounds(sources, settings, arguments.max_steps, per_step)
+        steps = arguments.max_steps
+        pruned_at = max((c.last_cut(steps) for c in callbacks if isinstance(c, GradualPruning)), default=0)
+        rounds = Rounds(sources, settings, steps, per_step, pruned_at)
         if started is None:
             rounds.measure_dense(dense)
         ours, data = [rounds], rounds.data

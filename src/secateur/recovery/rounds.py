@@ -85,16 +85,20 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         settings: of the recovery; `mix` is `uniform` or `dynamic`.
         steps: optimizer steps of the whole run.
         sequences: examples per optimizer step.
+        pruned_at: step after which no more units go, if a method prunes meanwhile. Text and instructions then follow
+            one another from the next round on, and are one stage until then: there is nothing to recover from before.
 
     Raises:
         RecipeError: there are two stages and only one round.
     """
 
-    def __init__(self, sources: Sequence[Source], settings: RecoverySettings, steps: int, sequences: int) -> None:
+    def __init__(
+        self, sources: Sequence[Source], settings: RecoverySettings, steps: int, sequences: int, pruned_at: int = 0
+    ) -> None:
         self.sources, self.settings, self.steps, self.sequences = sources, settings, steps, sequences
         self.round_steps = min(settings.round_steps or math.ceil(steps / ROUNDS), steps)
         self.rounds = math.ceil(steps / self.round_steps)
-        self.stages = self._stages()
+        self.stages = self._stages(math.ceil(pruned_at / self.round_steps))
         self.dense: dict[str, float] = {}
         self.rows: list[Row] = []
         self.data = Subset(self.round_steps * sequences)
@@ -163,8 +167,12 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         batch = self.settings.micro_batch_size
         return {source.name: held_out_loss(model, source, batch) for source in self.sources}
 
-    def _stages(self) -> list[Stage]:
-        """Step 3; a uniform mix has one stage."""
+    def _stages(self, pruning: int) -> list[Stage]:
+        """Step 3; a uniform mix has one stage.
+
+        Args:
+            pruning: rounds in which units still go.
+        """
         kinds = {False: TEXT, True: INSTRUCTIONS}
         parts = {name: [s for s in self.sources if s.is_instructions == kind] for kind, name in kinds.items()}
         parts = {name: sources for name, sources in parts.items() if sources}
@@ -176,9 +184,11 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
                 f"{self.round_steps} steps: give more --steps (recovery.steps) or fewer --round-steps "
                 "(recovery.round_steps)"
             )
+        before = min(pruning, self.rounds - len(parts)) if len(parts) > 1 else 0
         sizes = [sum(len(s.train) for s in sources) for sources in parts.values()]
-        lengths = rounds_by_stage(self.rounds, sizes)
-        return [Stage(name, sources, n) for (name, sources), n in zip(parts.items(), lengths, strict=True)]
+        lengths = rounds_by_stage(self.rounds - before, sizes)
+        first = [Stage(ALL, self.sources, before)] if before else []
+        return first + [Stage(name, sources, n) for (name, sources), n in zip(parts.items(), lengths, strict=True)]
 
     def _stage(self, now: Row) -> Stage | None:
         """The stage of the next round, by what was measured before earlier rounds and now; None after the last."""

@@ -29,9 +29,9 @@ def scale_units(
     Args:
         model: the base, its linear modules with or without adapters.
         factors: [units]; a unit with the factor 1 is left alone.
-        optimizer: its state of the rows of B around rows that become zero is cleared. Where a product is absorbed, it
-            stays: the function and its gradients are the same as before, and an Adam whose second moments are cleared
-            and whose count of steps is not would take steps that are several times too long.
+        optimizer: its state of the rows of B around rows that become zero is cleared. Of rows whose product is only
+            absorbed it stays: they train on, and an Adam whose second moments are cleared and whose count of steps is
+            not would take steps that are several times too long.
         absorb: add gamma B A to the rows that are scaled (to those that become zero, not), and set B to zero there;
             else the rows of B are scaled too.
     """
