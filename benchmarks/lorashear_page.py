@@ -10,7 +10,6 @@ NAMES = {
     "llm-pruner": "LLM-Pruner, static recovery",
     "llm-pruner-dynamic": "LLM-Pruner, dynamic recovery",
     "loraprune": "LoRAPrune, static",
-    "lorashear-linear": "LoRAShear, linear push, static",
     "lorashear": "LoRAShear, static",
     "lorashear-dynamic": "LoRAShear, dynamic",
     "lorashear+knowledge": "LoRAShear, static, sensitive groups left whole",
@@ -37,13 +36,13 @@ def compared(found: Iterable[Data]) -> list[str]:
         ]
         rows = data["rows"]
         for sparsity in sorted({r["sparsity"] for r in rows}):
-            for method in NAMES:
+            for method in sorted({r["method"] for r in rows}, key=_place):
                 mine = [r for r in rows if (r["sparsity"], r["method"]) == (sparsity, method)]
                 if mine:
                     average = {s: statistics.mean(r["perplexity"][s] for r in mine) for s in sources}
                     overall, worst = (statistics.mean(r[key] for r in mine) for key in ("mean", "worst_ratio"))
                     removed = f"{statistics.mean(r['reached'] for r in mine):.2%}"
-                    lines.append(_line(removed, NAMES[method], len(mine), average, overall, worst))
+                    lines.append(_line(removed, _name(method), len(mine), average, overall, worst))
         lines.append("")
     head = [
         "## LoRAShear, and what recovers on what",
@@ -53,6 +52,18 @@ def compared(found: Iterable[Data]) -> list[str]:
         "",
     ]
     return [*head, *lines] if lines else []
+
+
+def _name(method: str) -> str:
+    """What a row is called, with the settings that it changes."""
+    base, _, given = method.partition(":")
+    return NAMES[base] + (f", {given}" if given else "")
+
+
+def _place(method: str) -> tuple[int, str]:
+    """Where a row stands: by method, then by settings."""
+    base, _, given = method.partition(":")
+    return list(NAMES).index(base), given
 
 
 def _line(removed: str, name: str, seeds: int, values: Mapping[str, float], mean: float, worst: float) -> str:

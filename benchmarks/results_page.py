@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import audit_page
 import loraprune_page
 import lorashear_page
 import prunedlora_page
@@ -180,7 +181,15 @@ def prunedlora() -> list[str]:
 
 
 def main() -> None:
-    lines = [HEAD, *criteria(), *leave_one_out(), *scoring_cost(), *loraprune(), *prunedlora()]
+    lines = [
+        HEAD,
+        *criteria(),
+        *leave_one_out(),
+        *audit_page.audits(results("audit_*.json")),
+        *scoring_cost(),
+        *loraprune(),
+        *prunedlora(),
+    ]
     lines += [*zero_shot_page.zero_shot(results("zero_shot_*.json")), *discovery_speed(), *streaming()]
     PAGE.write_text("\n".join(lines).rstrip() + "\n")
 
