@@ -292,3 +292,21 @@ def test_a_run_measures_every_stage_and_none_twice(
     assert code == 0 and json.loads((run / "results.json").read_text())["tasks"] == results["tasks"]
     code, _, err = secateur("run", recipe, "evaluation.task_data=nowhere", "-o", tmp_path / "other")
     assert code == 2 and "no folder" in err and not (tmp_path / "other").exists()
+
+
+def test_a_run_that_tunes_measures_the_model_with_its_adapter(secateur, folder, checkpoint_folder, text_file, tmp_path):
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump({
+        "model": {"source": str(checkpoint_folder)},
+        "recovery": {"data": [str(text_file)], "rank": 4, "steps": 2, "batch_size": 2, "seq_len": 32},
+        "tune": {"target_rank": 2, "every": 1},
+        "evaluation": {"tasks": ["piqa"], "task_data": str(folder), "limit": 3},
+    }))  # fmt: skip
+    code, out, err = secateur("run", recipe, "-o", run)
+    assert code == 0, err
+    found = json.loads((run / "results.json").read_text())["tasks"]["piqa"]
+    assert set(found) == {"dense", "tuned"} and found["tuned"]["n"] == 3 and "tuned" in out
+    base = sc.load(checkpoint_folder)
+    merged = pipeline.with_adapter(base, run / "adapter")
+    (score,) = zero_shot(merged, base.tokenizer, prepare(["piqa"], folder), limit=3)
+    assert score.metrics["acc"] == found["tuned"]["acc"]
