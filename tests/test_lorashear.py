@@ -204,8 +204,11 @@ PAPER = {"merge": True, "proxies": ("magnitude", "cosine", "first", "second")}
 FORMS = [{"push": "half-space"}, PAPER, {"push": "linear"}]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "opt", "falcon-mqa", "phi3", "gemma2", "qwen2"])
+FAMILIES = ("llama", "gpt2", "gpt_neox", "opt", "falcon-mqa", "phi3", "gemma2", "qwen2")
+CASES = [(f, form) for f in FAMILIES for form in FORMS if form != PAPER or f in ("llama", "gpt2", "phi3")]
+
+
+@pytest.mark.parametrize("family, form", CASES)
 def test_redundant_units_are_exactly_zero_and_cutting_changes_no_logit(family, form, tmp_path):
     pruning = LoRAShear(0.15, periods=2, warmup=0.2, cooldown=0.3, **form)
     trained(adapted(make(family).double()), [pruning], tmp_path, steps=10)
