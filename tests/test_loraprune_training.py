@@ -22,6 +22,7 @@ from secateur.discovery.trace import probe_ids
 from secateur.errors import PlanError
 from secateur.importance.lora_guided import LoraGuided
 from secateur.methods.loraprune import LoRAPrune
+from secateur.methods.lorashear import LoRAShear
 from secateur.recovery.guided import GuidedAverage
 
 FFN, KV = "model.layers.1.mlp/ffn_channel", "model.layers.0.self_attn/kv_group"
@@ -290,3 +291,22 @@ def test_a_killed_recipe_goes_on_to_the_same_files(
     names = ("pruned/plan.json", "pruned/adapter/adapter_model.safetensors")
     assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "run" / n).read_bytes() for n in names)
     assert not (tmp_path / "run" / "pruned.work").exists()
+
+
+def test_adapters_without_gradients_stop_the_run_instead_of_scoring_nothing():
+    """As a layer-wise optimizer leaves them, or ZeRO, which keeps gradients elsewhere."""
+    model = adapted(make("llama"))
+    pruning = LoRAPrune(0.3)
+    pruning.prepare(model)
+    with pytest.raises(PlanError, match="no adapter has a gradient"):
+        LoraGuided().scores(pruning.live.base, pruning.live.groups, {}, list(pruning.candidates), {})
+    found = LoraGuided("magnitude").scores(pruning.live.base, pruning.live.groups, {}, list(pruning.candidates), {})
+    assert all(scores.any() for scores in found.values())
+
+
+@pytest.mark.parametrize("what", ["fsdp", "deepspeed"])
+@pytest.mark.parametrize("method", [LoRAPrune, LoRAShear])
+def test_sharded_training_is_refused_before_it_begins(method, what):
+    arguments = SimpleNamespace(**{"load_best_model_at_end": False, "world_size": 1, "max_steps": 10, what: "on"})
+    with pytest.raises(PlanError, match=f"{what} keeps parts"):
+        method(0.3).on_train_begin(arguments, SimpleNamespace(global_step=0), None, model=adapted(make("llama")))

@@ -63,15 +63,20 @@ class LoraGuided:
 
         Raises:
             NonFiniteError: a score is NaN or infinite; names the parameter.
+            PlanError: for `lora`, not one factor has a gradient.
         """
         left = groups.after(kept)
         stay = groups.kept_positions(kept)
         chosen = [left.named(name) for name in names]
         found: dict[tuple[str, int], Tensor] = {}
-        for parameter in dict.fromkeys(m.parameter for g in chosen for m in g.members):
-            layer = adapted_layer(model, parameter)
-            if layer is None:
-                continue
+        parameters = dict.fromkeys(m.parameter for g in chosen for m in g.members)
+        layers = {p: layer for p in parameters if (layer := adapted_layer(model, p)) is not None}
+        if self.variant == "lora" and not any(f.grad is not None for a in layers.values() for f in factors_of(a)[:2]):
+            raise PlanError(
+                "no adapter has a gradient before the optimizer's step, so nothing can be scored: layer-wise "
+                "optimizers and ZeRO leave none there; take another optimizer, or the variant magnitude"
+            )
+        for parameter, layer in layers.items():
             sums = self._sums(layer, stay.get(parameter, {}), gradients.get(parameter))
             if not all(torch.isfinite(s).all() for s in sums.values()):
                 raise NonFiniteError(

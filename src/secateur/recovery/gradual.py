@@ -175,6 +175,9 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
+        for what in ("fsdp", "deepspeed"):
+            if getattr(args, what, None):
+                raise PlanError(f"{what} keeps parts of the model elsewhere, where units cannot be cut: switch it off")
         if args.load_best_model_at_end:
             raise PlanError(
                 "load_best_model_at_end would put adapters of another sparsity into the pruned model: leave it out"
