@@ -121,7 +121,7 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     found = case.perplexities(small)
     worse = {source: value / case.dense[source] for source, value in found.items()}
     return {
-        "method": method, "sparsity": sparsity, "seed": seed,
+        "method": method, "sparsity": sparsity, "seed": seed, **({"protected": list(protect)} if knows else {}),
         "reached": round(1 - small.num_parameters() / case.source.model.num_parameters(), 5),
         "perplexity": found, "mean": mean(found), "worst": max(worse, key=lambda source: worse[source]),
         "worst_ratio": max(worse.values()), "seconds": round(time.perf_counter() - begin, 1),
@@ -175,7 +175,6 @@ class Case:
                 "parameters": model.model.num_parameters(),
             },
             "dense": {"perplexity": self.dense, "mean": mean(self.dense)},
-            "protected": list(self.protect),
             "protocol": {
                 "sources": texts,
                 **{name: getattr(args, name) for name in names},
