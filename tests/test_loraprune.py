@@ -387,7 +387,7 @@ def test_whole_job(secateur, checkpoint_folder, text_file, tmp_path):
     assert "How it was trained while it was cut" in card and "compared with the masked model in training" in card
     assert abs(results["params"]["sparsity"] - 0.3) < 0.01
     assert results["parity"]["max_logit_difference"] <= 1e-5 and results["masked_minus_cut"] < 1e-4
-    assert [entry["step"] for entry in results["training"]["sparsity"]] == [6, 9]  # 3 is the last of the warm-up
+    assert [entry["step"] for entry in results["training"]["sparsity"]] == [3, 6, 9]
     assert results["training"]["sparsity"][-1]["sparsity"] == pytest.approx(results["params"]["sparsity"], abs=1e-6)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out.work").exists()
