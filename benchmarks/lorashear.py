@@ -9,6 +9,7 @@ Every row trains adapters for the same number of steps of the same size:
     llm-pruner  first-order Taylor cut, then recovery on all sources pooled (static)
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
+    lorashear-random  the same with units drawn at random in each period
 
 A name with `-dynamic` trains on the dynamic mix; one with `+knowledge` leaves the groups whole that an analysis of the
 dense model finds most sensitive, and layers differ in width then. Settings of the method or of the recovery may follow
@@ -81,7 +82,16 @@ def while_training(
     }  # fmt: skip
     if method == "loraprune":
         return sc.LoRAPrune(sparsity, **{"frequency": args.frequency, **common, **given})
-    return sc.LoRAShear(sparsity, **{"periods": args.periods, **common, **given})
+    kind = RandomUnits if method == "lorashear-random" else sc.LoRAShear
+    return kind(sparsity, **{"periods": args.periods, **common, **given})
+
+
+class RandomUnits(sc.LoRAShear):
+    """LoRAShear whose saliency is drawn at random: what is left of the choice of units."""
+
+    def _scores(self) -> dict[str, torch.Tensor]:
+        assert self.live is not None
+        return {name: torch.rand(self.live.groups.named(name).units) for name in self.candidates}
 
 
 def parsed(method: str) -> tuple[str, bool, bool, dict[str, Any], dict[str, Any]]:

@@ -345,6 +345,7 @@ BAD = {
     "long windows": (["--seq-len", "9999"], "positions"),
     "short text": (["--text", "{short}", "--seq-len", "64"], "fewer than one window"),
     "no picture": (["--picture", "{out}/k.gif"], "names no format"),
+    "one file for both": (["--json", "{out}/k.svg", "--picture", "{out}/k.svg"], "one would take the place"),
     "no folder": (["--json", "{out}/missing/k.json"], "cannot be written"),
     "nothing to resume": (["--resume"], "--json FILE"),
     "calibration": (["--criterion", "taylor-1", "--calibration", "nothing.txt"], "no such file"),

@@ -4,6 +4,7 @@ import pytest
 
 from secateur.errors import CheckpointError
 from secateur.methods.loraprune import LoRAPrune
+from secateur.pipeline import adapting
 
 TRAINING = ["--seq-len", "16", "--batch-size", "2"]
 
@@ -40,6 +41,26 @@ def test_an_error_while_training_leaves_nothing(prune, tmp_path, wrong):
     code, _, err = prune(*options, **how)
     assert code == 2 and words in " ".join(err.split()), err
     assert not list(tmp_path.iterdir())
+
+
+TOLD_FIRST = {  # method -> wrong options, and the words that tell
+    "too many periods": ("lorashear", ["--periods", "10"], "do not fit"),
+    "too short a source": ("lorashear", ["--data", "SHORT", "--mix", "uniform"], "gives no training example"),
+    "protected layers and equal widths": ("loraprune", ["--protect-first", "1"], "--per-layer"),
+}
+
+
+@pytest.mark.parametrize("wrong", TOLD_FIRST)
+def test_what_is_wrong_with_the_input_is_told_before_anything_is_measured(
+    prune, tmp_path, text_file, monkeypatch, wrong
+):
+    method, options, words = TOLD_FIRST[wrong]
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    monkeypatch.setattr(adapting, "add_perplexity", None)  # a call would be an internal error
+    code, _, err = prune("--text", text_file, *[short if o == "SHORT" else o for o in options], method=method)
+    assert code == 2 and words in " ".join(err.split()), err
+    assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]
 
 
 @pytest.mark.parametrize("options", [[], ["--resume"]])

@@ -376,9 +376,10 @@ def test_whole_job(secateur, checkpoint_folder, text_file, tmp_path):
     code, out, err = secateur(
         "prune", checkpoint_folder, "-o", tmp_path / "out", "--method", "loraprune", "--sparsity", "0.3",
         "--data", data, "--steps", "12", "--batch-size", "4", "--seq-len", "32", "--compact-every", "5",
-        "--text", text_file,
+        "--warmup", "0.25", "--cooldown", "0.25", "--frequency", "3", "--text", text_file,
     )  # fmt: skip
     assert code == 0, err
+    assert "asked for" not in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert f"{results['params']['pruned']:,} parameters" in out and "ffn_channel" in out
     assert f"differ by {results['masked_minus_cut']:.1e} from those in training" in out.replace("\n", " ")
@@ -386,6 +387,7 @@ def test_whole_job(secateur, checkpoint_folder, text_file, tmp_path):
     assert "How it was trained while it was cut" in card and "compared with the masked model in training" in card
     assert abs(results["params"]["sparsity"] - 0.3) < 0.01
     assert results["parity"]["max_logit_difference"] <= 1e-5 and results["masked_minus_cut"] < 1e-4
+    assert [entry["step"] for entry in results["training"]["sparsity"]] == [3, 6, 9]
     assert results["training"]["sparsity"][-1]["sparsity"] == pytest.approx(results["params"]["sparsity"], abs=1e-6)
     assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
     assert not (tmp_path / "out.work").exists()

@@ -71,11 +71,12 @@ def test_a_packed_base_leaves_a_float_model(secateur, quantise, tmp_path):
 
 @pytest.mark.parametrize(("quantise", "multiple"), [("8bit", 1), ("4bit", 64)])
 def test_a_packed_base_leaves_a_packed_model_if_asked(secateur, quantise, multiple, tmp_path):
-    code, _, err = secateur(
+    code, out, err = secateur(
         "prune", "demo", "-o", tmp_path / "out", "--method", "loraprune", "--sparsity", "0.3", *TRAINING,
         "--quantize", quantise, "--quantize-output", quantise,
     )  # fmt: skip
     assert code == 0, err
+    assert ("30.00% asked for" in out) == (multiple > 1)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert quantisation(again.config) == "bitsandbytes"

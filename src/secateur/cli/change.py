@@ -89,6 +89,9 @@ def prune(
     rank: Annotated[int | None, typer.Option(help="While training: LoRA rank.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="While training: peak learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="While training: sequences per optimizer step.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="While training: share of the run before units go.")] = None,
+    cooldown: Annotated[float | None, typer.Option(help="While training: share of it after the last ones.")] = None,
+    frequency: Annotated[int | None, typer.Option(help="loraprune: steps between looks at the importance.")] = None,
     variant: Annotated[str | None, typer.Option(help="loraprune: importance: lora, grad or magnitude.")] = None,
     compact_every: Annotated[
         int | None, typer.Option(help="loraprune: steps between removals of what is masked; faster training.")
@@ -133,7 +136,15 @@ def prune(
         "iterations": iterations,
         "layer_choice": layer_choice,
     }
-    tuning = {"variant": variant, "compact_every": compact_every, "push": push, "periods": periods}
+    tuning = {
+        "warmup": warmup,
+        "cooldown": cooldown,
+        "frequency": frequency,
+        "variant": variant,
+        "compact_every": compact_every,
+        "push": push,
+        "periods": periods,
+    }
     training = {
         "steps": steps,
         "epochs": epochs,

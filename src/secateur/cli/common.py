@@ -63,8 +63,8 @@ def print_results(results: dict[str, Any]) -> None:
     """The table of a prune, recover or run command."""
     params = results["params"]
     if "dense" in params:
-        share = f"{params['sparsity']:.2%} of all parameters removed"
-        out.print(f"{params['dense']:,} -> {params['pruned']:,} parameters ({share})")
+        share = f"{params['sparsity']:.2%} of all parameters removed{_asked(results)}"
+        out.print(f"{params['dense']:,} -> {params['pruned']:,} parameters ({share})", soft_wrap=True)
     if packed := results.get("protocol", {}).get("quantised"):
         out.print(f"dense is the model as it was trained on, its linear modules packed by {packed}")
     print_perplexity(results)
@@ -85,6 +85,14 @@ def print_results(results: dict[str, Any]) -> None:
         rate = done["bytes_written"] / max(done["seconds"], 1e-9) / 1e6
         out.print(f"cut without loading the model: {done['bytes_written'] / 1e6:,.1f} MB written, {rate:,.0f} MB/s")
         out.print(f"checked: {done['check']}", soft_wrap=True)
+
+
+def _asked(results: dict[str, Any]) -> str:
+    """What share was asked for, where whole units miss it by half a percent of all parameters or more."""
+    settings = results.get("protocol", {}).get("settings", {})
+    asked = settings.get("budget", settings).get("param_sparsity")
+    missed = asked is not None and abs(asked - results["params"]["sparsity"]) >= 0.005
+    return f", {asked:.2%} asked for: widths go in whole steps" if missed else ""
 
 
 def print_perplexity(results: dict[str, Any]) -> None:

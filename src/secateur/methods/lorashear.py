@@ -119,13 +119,10 @@ class LoRAShear(GradualPruning):
         if GUIDED in self.settings.proxies:
             self.average.prepare(live, tuple(g.name for g in chosen))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        super().on_train_begin(args, state, control, model)
-        if len(set(self._begins(state.max_steps))) <= self.settings.periods:
+    def check_steps(self, steps: int) -> None:
+        if len(set(self._begins(steps))) <= self.settings.periods:
             raise BudgetError(
-                f"{self.settings.periods} periods do not fit into {state.max_steps} steps with a warm-up of "
+                f"{self.settings.periods} periods do not fit into {steps} steps with a warm-up of "
                 f"{self.settings.warmup} and a cool-down of {self.settings.cooldown}: train longer, or take fewer"
             )
 

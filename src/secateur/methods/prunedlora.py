@@ -78,6 +78,15 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
         if checkpoint is not None:
             self._load(Path(checkpoint) / STATE)
 
+    def check_steps(self, steps: int) -> None:
+        """Make sure that the target is reached in a run of so many steps; after `prepare`.
+
+        Raises:
+            BudgetError: it is not.
+        """
+        assert self.pruner is not None
+        self.settings.check_reach(self.pruner.initial, steps)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
@@ -92,7 +101,7 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
             raise PlanError("this PrunedLoRA was prepared for another model; make a new one for this training")
         self.pruner.compact = args.world_size == 1
         self.pruner.begin()
-        self.settings.check_reach(self.pruner.initial, state.max_steps)
+        self.check_steps(state.max_steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any

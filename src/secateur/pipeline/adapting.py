@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,20 @@ from secateur.config import Recipe
 from secateur.data import Corpus, load_corpus
 from secateur.pipeline.dense import dense_of
 from secateur.pipeline.recovering import recovery_settings
-from secateur.pipeline.results import Clock, Results, needs_tokenizer, values
-from secateur.recovery import last_checkpoint, mix_record, train, with_adapters
+from secateur.pipeline.results import Clock, Results, add_perplexity, needs_tokenizer, values
+from secateur.recovery import (
+    RecoverySettings,
+    TrainingData,
+    last_checkpoint,
+    mix_record,
+    train,
+    training_data,
+    with_adapters,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 def training_corpora(recipe: Recipe) -> list[Corpus]:
@@ -29,47 +38,85 @@ def training_corpora(recipe: Recipe) -> list[Corpus]:
     return [load_corpus(name, field=recipe.recovery.field) for name in recipe.recovery.data]
 
 
-def train_adapters(
-    source: Checkpoint,
-    recipe: Recipe,
-    corpora: Sequence[Corpus],
-    pruning: Any,
-    work: Path,
-    resume: bool,
-    clock: Clock,
-    results: Results,
-) -> PeftModel:
-    """Train fresh adapters in the model itself; settings, data and log go into the results, under `training`.
+@dataclass(frozen=True)
+class Training:
+    """A model with fresh adapters and everything else that a run needs; all that can be refused has been.
+
+    Attributes:
+        source: the checkpoint whose model the adapters are in.
+        adapted: the model with them.
+        settings: of the run.
+        data: to train on.
+        pruning: callback of the Trainer.
+        dense: gives the dense model, for a dynamic mix.
+        work: folder of the training checkpoints.
+        resume: go on from the last checkpoint in it.
+    """
+
+    source: Checkpoint
+    adapted: PeftModel
+    settings: RecoverySettings
+    data: TrainingData
+    pruning: Any
+    dense: Callable[[], PreTrainedModel]
+    work: Path
+    resume: bool
+
+
+def prepare_training(
+    source: Checkpoint, recipe: Recipe, corpora: Sequence[Corpus], pruning: Any, work: Path, resume: bool, clock: Clock
+) -> Training:
+    """Put fresh adapters into the model itself, and prepare everything; what is measured comes after.
 
     Args:
         corpora: what to train on.
-        pruning: callback of the Trainer with `prepare(model, checkpoint)`, which refuses what cannot be pruned.
+        pruning: callback of the Trainer with `prepare(model, checkpoint)` and `check_steps(steps)`, which refuse what
+            cannot be pruned.
         work: folder of the training checkpoints.
         resume: go on from the last checkpoint in it.
+
+    Raises:
+        SecateurError: for anything wrong with the input.
     """
     assert recipe.recovery is not None
     settings = replace(recovery_settings(recipe.recovery, recipe.seed), patience=0)  # it must reach its end
     dense = dense_of(recipe, source) if recipe.recovery.dense else None
+    data = training_data(corpora, needs_tokenizer(source), settings)
     clock.begin("discover")
     adapted = with_adapters(source.model, settings, experts=False)
-    initial = adapted.num_parameters(only_trainable=True)
     pruning.prepare(adapted, last_checkpoint(work) if resume else None)
+    pruning.check_steps(data.steps)
+    load = dense.load if dense else lambda: source.model  # whose adapters do nothing yet
+    return Training(source, adapted, settings, data, pruning, load, work, resume)
+
+
+def measure_dense(training: Training, recipe: Recipe, results: Results, clock: Clock) -> None:
+    """Perplexities of the model as if there were no adapters."""
+    clock.begin("evaluate_dense")
+    with training.adapted.disable_adapter():
+        add_perplexity(results, "dense", training.source, training.source.model, recipe.evaluation)
+
+
+def train_adapters(training: Training, recipe: Recipe, results: Results, clock: Clock) -> PeftModel:
+    """Train; settings, data and log go into the results, under `training`."""
+    source, adapted, settings = training.source, training.adapted, training.settings
+    initial = adapted.num_parameters(only_trainable=True)
     clock.begin("train")
     log, _ = train(
         adapted,
         needs_tokenizer(source),
-        corpora,
+        training.data,
         settings,
-        work,
-        callbacks=[pruning],
+        training.work,
+        callbacks=[training.pruning],
         evaluate=lambda model: values(source, model, recipe.evaluation),
-        dense=dense.load if dense else lambda: source.model,  # whose adapters do nothing yet
-        resume=resume,
+        dense=training.dense,
+        resume=training.resume,
     )
     results["training"] = {
         "initial_parameters": initial,
         "settings": asdict(settings),
-        "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
+        "data": [{"source": c.source, "sha256": c.sha256} for c in training.data.corpora],
         "log": [entry for entry in log if "mix" not in entry],
         **({"mix": mix} if (mix := mix_record(log, settings)) else {}),
     }

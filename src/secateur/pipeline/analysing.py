@@ -114,6 +114,8 @@ def check_files(json_file: Path | None, picture: Path | None, resume: bool) -> N
     check_output(json_file, resume, KnowledgeError)
     if picture is not None:
         check_picture(picture)
+        if picture == json_file:
+            raise KnowledgeError(f"--json and --picture are both {picture}: one would take the place of the other")
         check_writable(picture, KnowledgeError)
 
 

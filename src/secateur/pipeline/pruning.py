@@ -93,13 +93,20 @@ def dense_results(
     Raises:
         KnowledgeError: that was made of another checkpoint.
     """
-    results = header("prune", source, recipe, plan)
-    if protects is not None:
-        protects.record(source, results)
-    results |= {"params": {"dense": source.model.num_parameters()}, "perplexity": {}}
+    results = begun(source, recipe, plan, protects)
     clock.begin("evaluate_dense")
     add_perplexity(results, "dense", source, source.model, recipe.evaluation)
     return results
+
+
+def begun(
+    source: Checkpoint, recipe: Recipe, plan: PruningPlan | None = None, protects: Protection | None = None
+) -> Results:
+    """`dense_results` before anything is measured."""
+    results = header("prune", source, recipe, plan)
+    if protects is not None:
+        protects.record(source, results)
+    return results | {"params": {"dense": source.model.num_parameters()}, "perplexity": {}}
 
 
 def add_pruned(

@@ -25,7 +25,7 @@ from secateur.pipeline.results import (
     write_checked,
     write_json,
 )
-from secateur.recovery import RecoveryResult, RecoverySettings, recover, save_mix
+from secateur.recovery import RecoveryResult, RecoverySettings, recover, save_mix, training_data
 
 
 def recover_checkpoint(
@@ -50,6 +50,7 @@ def recover_checkpoint(
         results = header("recover", source, recipe)
         results["perplexity"] = {}
         corpora = [load_corpus(name, field=settings.field) for name in settings.data]
+        data = training_data(corpora, needs_tokenizer(source), recovery_settings(settings, recipe.seed))
         dense = dense_of(recipe, source)
         clock.begin("evaluate_pruned")
         add_perplexity(results, "pruned", source, source.model, recipe.evaluation)
@@ -57,7 +58,7 @@ def recover_checkpoint(
         outcome = recover(
             source.model,
             needs_tokenizer(source),
-            corpora,
+            data,
             recovery_settings(settings, recipe.seed),
             work,
             evaluate=lambda model: values(source, model, recipe.evaluation),

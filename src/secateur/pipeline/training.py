@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from secateur.allocation import Budget
-from secateur.checkpoint import WIDTHS, Checkpoint, check_packable, output_folder, quantised_copy
+from secateur.checkpoint import WIDTHS, check_packable, output_folder, quantised_copy
 from secateur.config import Recipe
-from secateur.data import Corpus
 from secateur.errors import BudgetError
-from secateur.pipeline.adapting import train_adapters, training_corpora
+from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters, training_corpora
 from secateur.pipeline.protecting import protection
-from secateur.pipeline.pruning import add_pruned, dense_results
+from secateur.pipeline.pruning import add_pruned, begun
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -28,7 +27,7 @@ from secateur.plan import PruningPlan
 from secateur.recovery import save_mix
 
 if TYPE_CHECKING:
-    from secateur.recovery.gradual import GradualPruning, GradualResult
+    from secateur.recovery.gradual import GradualPruning
 
 
 def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
@@ -48,11 +47,16 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         clock = Clock()
         clock.begin("load")
         source = load_model(recipe)  # may be quantised: what trains are adapters
-        results = dense_results(source, recipe, clock, protects=protects)
+        results = begun(source, recipe, protects=protects)
         results["protocol"]["settings"] = asdict(pruning.settings)
         if how := recipe.prune.quantize_output:
             pruning.accept = partial(check_packable, name=how, device=source.model.device)
-        outcome = _trained(source, recipe, corpora, pruning, work, resume, clock, results)
+        training = prepare_training(source, recipe, corpora, pruning, work, resume, clock)
+        measure_dense(training, recipe, results, clock)
+        train_adapters(training, recipe, results, clock)
+        clock.begin("cut")
+        outcome = pruning.finish()
+        results["training"]["sparsity"] = pruning.history
         small = add_pruned(results, outcome.model, source, recipe, clock)
         results["masked_minus_cut"] = outcome.difference
         results["kinds"] = dict(outcome.shares)
@@ -101,21 +105,3 @@ def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> GradualPruning:
         protect=protect,
         **recipe.method.given,
     )
-
-
-def _trained(
-    source: Checkpoint,
-    recipe: Recipe,
-    corpora: Sequence[Corpus],
-    pruning: GradualPruning,
-    work: Path,
-    resume: bool,
-    clock: Clock,
-    results: Results,
-) -> GradualResult:
-    """Train with the method's callback, and cut."""
-    train_adapters(source, recipe, corpora, pruning, work, resume, clock, results)
-    clock.begin("cut")
-    outcome = pruning.finish()
-    results["training"]["sparsity"] = pruning.history
-    return outcome

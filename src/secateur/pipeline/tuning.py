@@ -13,7 +13,7 @@ from secateur.checkpoint import Checkpoint, output_folder, quantisation, write_a
 from secateur.config import Recipe, TuneSettings
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, CheckpointError, RecipeError, first_line
-from secateur.pipeline.adapting import train_adapters, training_corpora
+from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters, training_corpora
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -29,7 +29,6 @@ from secateur.recovery import save_mix, save_ranks
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from secateur.methods.prunedlora import PrunedLoRA
     from secateur.surgery.rank_schedule import PrunedLoRASettings
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -57,9 +56,13 @@ def tune(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool 
         source = load_model(recipe)  # may be quantised: what trains is the adapter
         results = header("tune", source, recipe) | {"method": "prunedlora", "perplexity": {}}
         results["protocol"]["settings"] = asdict(settings)
-        clock.begin("evaluate_dense")
-        add_perplexity(results, "dense", source, source.model, recipe.evaluation)
-        adapted = _trained(source, recipe, pruning, work, resume, clock, results)
+        training = prepare_training(source, recipe, training_corpora(recipe), pruning, work, resume, clock)
+        measure_dense(training, recipe, results, clock)
+        adapted = train_adapters(training, recipe, results, clock)
+        pruning.finish()
+        results["params"] = {"initial": results["training"]["initial_parameters"]}
+        results["training"]["ranks"] = pruning.history
+        adapted.config.use_cache = True  # which training switched off
         clock.begin("evaluate_tuned")
         add_perplexity(results, "tuned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         if mix := results["training"].get("mix"):
@@ -134,18 +137,6 @@ def _settings(settings: TuneSettings) -> PrunedLoRASettings:
 
     criterion = ComponentCriterion(**settings.criterion.model_dump())
     return PrunedLoRASettings(**settings.model_dump(exclude={"criterion"}), criterion=criterion)
-
-
-def _trained(
-    source: Checkpoint, recipe: Recipe, pruning: PrunedLoRA, work: Path, resume: bool, clock: Clock, results: Results
-) -> PeftModel:
-    """Train and prune; what was done goes into the results."""
-    adapted = train_adapters(source, recipe, training_corpora(recipe), pruning, work, resume, clock, results)
-    pruning.finish()
-    results["params"] = {"initial": results["training"]["initial_parameters"]}
-    results["training"]["ranks"] = pruning.history
-    adapted.config.use_cache = True  # which training switched off
-    return adapted
 
 
 def _loaded(source: Checkpoint, adapter: Path) -> PeftModel:

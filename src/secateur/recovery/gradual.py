@@ -154,6 +154,13 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         self.accept(live.check_cut(self.planned(self.settings.final, zeros(live, self.candidates), settle=True)))
         self.shares = {}
 
+    def check_steps(self, steps: int) -> None:
+        """Make sure that the schedule fits into a run of so many steps.
+
+        Raises:
+            BudgetError: it does not.
+        """
+
     def last_cut(self, steps: int) -> int:
         """The step after which no more units go, of a run of so many steps."""
         raise NotImplementedError
@@ -182,6 +189,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
             raise PlanError(
                 "load_best_model_at_end would put adapters of another sparsity into the pruned model: leave it out"
             )
+        self.check_steps(state.max_steps)
         if self.live is None:
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             self.prepare(model, checkpoint if state.global_step else None)

@@ -10,74 +10,23 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from secateur.data import Corpus
 from secateur.errors import DataError, RecipeError, first_line
 from secateur.recovery.callbacks import MeasureTexts, OwnFolder, PrintLosses, StopOnBrokenLoss
-from secateur.recovery.examples import IGNORED, training_examples
+from secateur.recovery.examples import IGNORED
 from secateur.recovery.gradual import GradualPruning
 from secateur.recovery.rounds import Rounds, check_pooled, mix_record
-from secateur.recovery.sources import sources_of
+from secateur.recovery.settings import RecoverySettings
 from secateur.recovery.targets import Targets, all_targets, read_directly
+from secateur.recovery.training_data import TrainingData, training_data
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
-
-Mix = Literal["proportional", "uniform", "dynamic"]
-
-
-@dataclass(frozen=True)
-class RecoverySettings:
-    """Settings of a recovery run; defaults are LLM-Pruner's published recipe.
-
-    Attributes:
-        rank: of the LoRA factors.
-        alpha: numerator of the LoRA scale `alpha / rank`.
-        dropout: on the adapters' input; none where stacked experts are adapted, for which peft knows no dropout.
-        targets: module names, or what they end with; None adapts whatever can be (`all_targets`).
-        learning_rate: peak, after a linear warm-up; falls linearly to 0.
-        epochs: passes over the data, unless `steps` says otherwise.
-        steps: optimizer steps.
-        batch_size: sequences per optimizer step, accumulated from micro-batches.
-        micro_batch_size: sequences per forward pass.
-        seq_len: tokens per example.
-        warmup_steps: at most a tenth of all steps.
-        train_on_inputs: learn the prompt of instructions too.
-        eval_every: steps between evaluations, None for none.
-        save_every: steps between checkpoints.
-        gradient_checkpointing: recompute activations to save memory.
-        mix: `proportional` pools all examples; `uniform` takes the same number from every source in each round;
-            `dynamic` favours the sources on which the model is worst, compared with the dense one (`recovery.rounds`).
-        round_steps: optimizer steps of a round; a tenth of all if not given.
-        balance: part of a dynamic mix that follows the sizes of the sources.
-        patience: rounds without improvement after which a stage of a dynamic mix ends; 0 never ends one early.
-        seed: of initialisation, order and dropout.
-    """
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.05
-    targets: Sequence[str] | None = None
-    learning_rate: float = 1e-4
-    epochs: float = 2.0
-    steps: int | None = None
-    batch_size: int = 64
-    micro_batch_size: int = 4
-    seq_len: int = 256
-    warmup_steps: int = 100
-    train_on_inputs: bool = False
-    eval_every: int | None = None
-    save_every: int = 200
-    gradient_checkpointing: bool = False
-    mix: Mix = "proportional"
-    round_steps: int | None = None
-    balance: float = 0.5
-    patience: int = 2
-    seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -102,7 +51,7 @@ class RecoveryResult:
 def recover(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    corpora: Sequence[Corpus],
+    data: Sequence[Corpus] | TrainingData,
     settings: RecoverySettings,
     output: Path | str,
     *,
@@ -113,6 +62,7 @@ def recover(
     """Train LoRA adapters on a copy of `model` and merge them.
 
     Args:
+        data: corpora, or what `training_data` made of them with the same settings.
         output: folder for training checkpoints (`checkpoints/`) and the adapter (`adapter/`).
         evaluate: measures the model every `settings.eval_every` steps; the result goes into the log.
         dense: gives the uncut model, for a dynamic mix; called once, before training, and not when a run goes on.
@@ -126,7 +76,7 @@ def recover(
     """
     adapted = with_adapters(copy.deepcopy(model), settings)
     log, seconds = train(
-        adapted, tokenizer, corpora, settings, Path(output), evaluate=evaluate, dense=dense, resume=resume
+        adapted, tokenizer, data, settings, Path(output), evaluate=evaluate, dense=dense, resume=resume
     )
     adapter = Path(output) / "adapter"
     adapted.save_pretrained(adapter)
@@ -139,7 +89,7 @@ def recover(
 def train(
     adapted: PeftModel,
     tokenizer: PreTrainedTokenizerBase,
-    corpora: Sequence[Corpus],
+    data: Sequence[Corpus] | TrainingData,
     settings: RecoverySettings,
     output: Path,
     *,
@@ -165,29 +115,26 @@ def train(
     started = last_checkpoint(output) if resume else None
     folder = OwnFolder(output, resume)
     ours: list[TrainerCallback] = []
-    if settings.mix == "proportional":
+    ready = data if isinstance(data, TrainingData) else training_data(data, tokenizer, settings)
+    arguments = _arguments(settings, ready.steps, output, adapted.dtype)
+    if ready.sources:
+        per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        pruned_at = max((c.last_cut(ready.steps) for c in callbacks if isinstance(c, GradualPruning)), default=0)
+        rounds = Rounds(ready.sources, settings, ready.steps, per_step, pruned_at)
+        if started is None:
+            rounds.measure_dense(dense)
+        ours, dataset = [rounds], rounds.data
+    else:
         from datasets import Dataset
 
         if started is not None:
             check_pooled(started)
-        examples = training_examples(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
-        arguments = _arguments(settings, len(examples), output, adapted.dtype)
-        data: Any = Dataset.from_list(examples)
-    else:
-        sources = sources_of(corpora, tokenizer, settings.seq_len, settings.train_on_inputs)
-        arguments = _arguments(settings, sum(s.size for s in sources), output, adapted.dtype)
-        per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-        steps = arguments.max_steps
-        pruned_at = max((c.last_cut(steps) for c in callbacks if isinstance(c, GradualPruning)), default=0)
-        rounds = Rounds(sources, settings, steps, per_step, pruned_at)
-        if started is None:
-            rounds.measure_dense(dense)
-        ours, data = [rounds], rounds.data
+        dataset = Dataset.from_list(list(ready.examples))
     if evaluate is not None and settings.eval_every:
         ours.append(MeasureTexts(evaluate, settings.eval_every))
     begin = time.perf_counter()
     with folder.gone_after_an_error():
-        trainer = _trainer(adapted, tokenizer, data, arguments)
+        trainer = _trainer(adapted, tokenizer, dataset, arguments)
         for callback in [*ours, *callbacks, folder]:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=started)
@@ -240,19 +187,16 @@ def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts
         raise RecipeError(f"{asked}: peft refuses: {first_line(error)}") from error
 
 
-def _arguments(settings: RecoverySettings, examples: int, output: Path, dtype: torch.dtype) -> TrainingArguments:
+def _arguments(settings: RecoverySettings, steps: int, output: Path, dtype: torch.dtype) -> TrainingArguments:
     """The Trainer's settings; a mix in rounds is read in its own order, and takes as many steps as all examples do."""
     from transformers import TrainingArguments
 
-    micro = min(settings.micro_batch_size, settings.batch_size)
-    accumulation = max(1, settings.batch_size // micro)
-    steps = settings.steps or max(1, int(settings.epochs * examples / (micro * accumulation)))
     cuda = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(output / "checkpoints"),
         max_steps=steps,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=accumulation,
+        per_device_train_batch_size=settings.sequences,
+        gradient_accumulation_steps=settings.accumulation,
         train_sampling_strategy="random" if settings.mix == "proportional" else "sequential",
         learning_rate=settings.learning_rate,
         warmup_steps=min(settings.warmup_steps, steps // 10),
@@ -268,7 +212,7 @@ def _arguments(settings: RecoverySettings, examples: int, output: Path, dtype: t
     )
 
 
-def _trainer(model: Any, tokenizer: PreTrainedTokenizerBase, data: Any, arguments: TrainingArguments) -> Trainer:
+def _trainer(model: Any, tokenizer: PreTrainedTokenizerBase, dataset: Any, arguments: TrainingArguments) -> Trainer:
     from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
 
     if tokenizer.pad_token is None:
@@ -280,7 +224,7 @@ def _trainer(model: Any, tokenizer: PreTrainedTokenizerBase, data: Any, argument
     trainer = Trainer(
         model=model,
         args=arguments,
-        train_dataset=data,
+        train_dataset=dataset,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True),
         callbacks=[StopOnBrokenLoss(), *([PrintLosses()] if arguments.disable_tqdm else [])],
     )

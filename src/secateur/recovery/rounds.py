@@ -33,7 +33,7 @@ from secateur.recovery.sources import Source, held_out_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from secateur.recovery.lora import RecoverySettings
+    from secateur.recovery.settings import RecoverySettings
 
 ROUNDS = 10  # unless `round_steps` says otherwise
 TEXT, INSTRUCTIONS, ALL = "text", "instructions", "all"
@@ -61,6 +61,26 @@ class Stage:
     def worst(self, row: Row) -> float:
         """max_s D_s over the stage's sources, as measured before a round."""
         return max(float(row["sources"][source.name]["degradation"]) for source in self.sources)
+
+
+def rounds_of(settings: RecoverySettings, steps: int) -> tuple[int, int]:
+    """Steps of a round, and how many rounds a run of `steps` has."""
+    length = min(settings.round_steps or math.ceil(steps / ROUNDS), steps)
+    return length, math.ceil(steps / length)
+
+
+def check_stages(sources: Sequence[Source], settings: RecoverySettings, steps: int) -> None:
+    """Make sure that there is a round for every stage.
+
+    Raises:
+        RecipeError: text and instructions are to follow one another, and there is only one round.
+    """
+    length, rounds = rounds_of(settings, steps)
+    if settings.mix != "uniform" and len({source.is_instructions for source in sources}) > rounds:
+        raise RecipeError(
+            f"text and instructions are trained on one after the other, and there is one round of {length} steps: give "
+            "more --steps (recovery.steps) or fewer --round-steps (recovery.round_steps)"
+        )
 
 
 class Subset(Dataset[Example]):
@@ -96,8 +116,8 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         self, sources: Sequence[Source], settings: RecoverySettings, steps: int, sequences: int, pruned_at: int = 0
     ) -> None:
         self.sources, self.settings, self.steps, self.sequences = sources, settings, steps, sequences
-        self.round_steps = min(settings.round_steps or math.ceil(steps / ROUNDS), steps)
-        self.rounds = math.ceil(steps / self.round_steps)
+        check_stages(sources, settings, steps)
+        self.round_steps, self.rounds = rounds_of(settings, steps)
         self.stages = self._stages(math.ceil(pruned_at / self.round_steps))
         self.dense: dict[str, float] = {}
         self.rows: list[Row] = []
@@ -178,12 +198,6 @@ class Rounds(TrainerCallback):  # type: ignore[misc]
         parts = {name: sources for name, sources in parts.items() if sources}
         if self.settings.mix == "uniform":
             return [Stage(ALL, self.sources, self.rounds)]
-        if len(parts) > self.rounds:
-            raise RecipeError(
-                f"text and instructions are trained on one after the other, and there is one round of "
-                f"{self.round_steps} steps: give more --steps (recovery.steps) or fewer --round-steps "
-                "(recovery.round_steps)"
-            )
         before = min(pruning, self.rounds - len(parts)) if len(parts) > 1 else 0
         sizes = [sum(len(s.train) for s in sources) for sources in parts.values()]
         lengths = rounds_by_stage(self.rounds - before, sizes)

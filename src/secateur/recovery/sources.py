@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ class Source:
         name: of the corpus; where two are alike, as the user named it.
         is_instructions: whether it holds instruction records.
         size: all its examples.
-        train: examples to train on; none of them equals a held-out one.
+        train: examples to train on; none of them equals a held-out one of any source.
         held_out: examples that are only measured.
     """
 
@@ -54,23 +54,32 @@ def sources_of(
     names = plain if len(set(plain)) == len(plain) else [corpus.source for corpus in corpora]
     if twice := [name for name in names if names.count(name) > 1]:
         raise RecipeError(f"--data {twice[0]} is given twice (recovery.data): each source of a mix counts once")
+    named = sorted(zip(names, corpora, strict=True), key=lambda pair: pair[0])
+    examples = [corpus_examples(corpus, tokenizer, seq_len, train_on_inputs) for _, corpus in named]
+    held_out = [_held_out(found) for found in examples]
+    known = {tuple(e["input_ids"]) for found in held_out for e in found}
     return [
-        _parted(name, corpus, corpus_examples(corpus, tokenizer, seq_len, train_on_inputs))
-        for name, corpus in sorted(zip(names, corpora, strict=True), key=lambda pair: pair[0])
+        _parted(name, corpus, found, measured, known)
+        for (name, corpus), found, measured in zip(named, examples, held_out, strict=True)
     ]
 
 
-def _parted(name: str, corpus: Corpus, examples: Sequence[Example]) -> Source:
-    """Hold out examples that are spread evenly over the source, so that they are the same for every seed."""
+def _held_out(examples: Sequence[Example]) -> list[Example]:
+    """Examples that are spread evenly over the source, so that they are the same for every seed."""
     number = max(1, min(HELD_OUT_MOST, int(HELD_OUT_SHARE * len(examples))))
-    chosen = {(2 * i + 1) * len(examples) // (2 * number) for i in range(number)}
-    held_out = [examples[i] for i in sorted(chosen)]
-    known = {tuple(e["input_ids"]) for e in held_out}
-    train = [e for i, e in enumerate(examples) if i not in chosen and tuple(e["input_ids"]) not in known]
+    return [examples[(2 * i + 1) * len(examples) // (2 * number)] for i in range(number)]
+
+
+def _parted(
+    name: str, corpus: Corpus, examples: Sequence[Example], held_out: Sequence[Example], known: Set[tuple[int, ...]]
+) -> Source:
+    """A source that trains on what is held out nowhere (`known`)."""
+    train = [e for e in examples if tuple(e["input_ids"]) not in known]
     if not train:
         raise DataError(
-            f"{corpus.source}: of {len(examples)} examples {number} are held out to measure it, and none that differs "
-            "is left to train on; give more text or a smaller --seq-len (recovery.seq_len)"
+            f"{corpus.source}: of {len(examples)} examples {len(held_out)} are held out to measure it, and none that "
+            "differs from what is held out is left to train on; give more text or a smaller --seq-len "
+            "(recovery.seq_len)"
         )
     return Source(name, corpus.is_instructions, len(examples), train, held_out)
 
