@@ -48,6 +48,10 @@ def _interval(figure: Data) -> str:
 
 def _verdict(told: Data) -> str:
     if not told["trusted"]:
-        return f"{told['kind']}: none ranks better than chance for sure"
+        return (
+            f"{told['kind']}: none ranks better than chance for sure (the best, {told['criterion']}, "
+            f"{told['spearman']['value']:+.2f}; a random order may reach {told['luck']:+.2f})"
+        )
     others = f", not clearly worse {', '.join(told['not_worse'])}" if told["not_worse"] else ""
-    return f"{told['kind']}: {told['criterion']} ({told['spearman']['value']:+.2f}){others}"
+    figures = f"{told['spearman']['value']:+.2f}, by luck up to {told['luck']:+.2f}"
+    return f"{told['kind']}: {told['criterion']} ({figures}){others}"

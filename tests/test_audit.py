@@ -15,9 +15,10 @@ from test_knowledge import state, unchanged
 
 import secateur as sc
 from secateur.errors import KnowledgeError
-from secateur.evaluation import agreements, best, removal_costs, removals
+from secateur.evaluation import agreements, best, luck, removal_costs, removals
 from secateur.evaluation.audit import Agreement, Interval, Removal, overlap, spearman
 from secateur.groups import Group
+from secateur.pipeline.auditing import verdicts
 from secateur.plan import PruningPlan
 
 values = st.lists(st.integers(-5, 5), min_size=3, max_size=30)
@@ -106,6 +107,38 @@ def test_of_equals_those_whose_interval_reaches_the_best_are_named():
 
     first, as_good = best([made("a", 0.5, 0.7), made("b", 0.6, 0.9), made("c", 0.1, 0.3)], "k", "sets")
     assert first.criterion == "b" and as_good == ["a"]
+
+
+def test_few_units_leave_much_to_luck():
+    """Random orders of eight and of eighty units, whose sets cost the sum of what their units cost."""
+    generator = np.random.default_rng(0)
+
+    def case(units):
+        group = Group("g", "k", units)
+        removed = [r for r in removals([group], units=8, sets=100, share=0.1, seed=0) if r.how == "sets"]
+        cost = {"g": torch.from_numpy(generator.normal(size=units))}
+        return removed, [r.predicted(cost) for r in removed]
+
+    few, many = (luck(*case(units), "k", "sets", seed=0) for units in (8, 80))
+    assert 0 < many < 0.3 < few < 1
+    removed, changes = case(8)
+    reached = []
+    for _ in range(300):
+        order = {"g": torch.from_numpy(generator.normal(size=8))}
+        reached.append(spearman(np.array([r.predicted(order) for r in removed]), np.array(changes)))
+    beyond = np.mean(np.array(reached) > luck(removed, changes, "k", "sets", seed=1))
+    assert 0.01 < beyond < 0.12
+
+
+def test_random_is_never_taken():
+    figures = Interval(0.9, 0.8, 1.0), Interval(0, 0, 0), 0.2
+    lower = Agreement("l2", "k", "sets", 9, Interval(0.5, 0.1, 0.7), *figures[1:])
+    first, as_good = best([Agreement("random", "k", "sets", 9, *figures), lower], "k", "sets")
+    assert first is lower and as_good == ["random"]
+    (told,) = verdicts(
+        [lower], [Removal("k", "sets", {"g": (u, (u + 1) % 8)}) for u in range(8)], [float(u) for u in range(8)], 0
+    )
+    assert not told["trusted"] and told["luck"] > 0.5  # although its interval lies above zero
 
 
 def test_costs_are_those_of_slicing_and_the_model_is_restored(trained, tokenizer, text_file):

@@ -133,7 +133,11 @@ def _show_audit(results: dict[str, Any]) -> None:
     )
     for told in results["verdicts"]:
         if not told["trusted"]:
-            out.print(f"{told['kind']}: no criterion ranks better than chance for sure", soft_wrap=True)
+            out.print(
+                f"{told['kind']}: no criterion ranks better than chance for sure: the best, {told['criterion']}, has "
+                f"{told['spearman']['value']:+.2f}, and a random order of the units may reach {told['luck']:+.2f}",
+                soft_wrap=True,
+            )
             continue
         others = f"; not clearly worse: {', '.join(told['not_worse'])}" if told["not_worse"] else ""
         out.print(

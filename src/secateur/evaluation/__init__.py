@@ -1,6 +1,6 @@
 """Evaluation: how good a model is, each number with its protocol."""
 
-from secateur.evaluation.audit import Agreement, Removal, agreements, best, removal_costs, removals
+from secateur.evaluation.audit import Agreement, Removal, agreements, best, luck, removal_costs, removals
 from secateur.evaluation.distribution import Knowledge, Trial
 from secateur.evaluation.knowledge import RATIOS, check_ratios, groups_to_cut, knowledge_distribution
 from secateur.evaluation.perplexity import Perplexity, perplexity

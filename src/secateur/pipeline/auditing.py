@@ -14,7 +14,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.config import Recipe
 from secateur.discovery import discover
 from secateur.errors import KnowledgeError
-from secateur.evaluation import Agreement, Removal, agreements, best, groups_to_cut, removal_costs, removals
+from secateur.evaluation import Agreement, Removal, agreements, best, groups_to_cut, luck, removal_costs, removals
 from secateur.evaluation.audit import CHEAPEST, CONFIDENCE, RESAMPLES
 from secateur.evaluation.audit_picture import draw_audit
 from secateur.evaluation.picture import check_picture
@@ -97,7 +97,7 @@ def audit(
         "key": kept.key,
         "dense": asdict(dense),
         "agreements": [asdict(a) for a in found],
-        "verdicts": verdicts(found),
+        "verdicts": verdicts(found, removed, changes, recipe.seed),
         "removals": [
             asdict(r) | {"change": change, "scores": {name: r.predicted(scores[name]) for name in named}}
             for r, change in zip(removed, changes, strict=True)
@@ -112,14 +112,18 @@ def audit(
     return results
 
 
-def verdicts(found: Sequence[Agreement]) -> list[dict[str, Any]]:
+def verdicts(
+    found: Sequence[Agreement], removed: Sequence[Removal], changes: Sequence[float], seed: int
+) -> list[dict[str, Any]]:
     """For each kind, which criterion to take, and whether it says anything at all: by sets, if any were removed.
 
-    Pruning removes many units at once, and what a set costs stands out of the noise that a single unit drowns in.
+    Pruning removes many units at once, and what a set costs stands out of the noise that a single unit drowns in. A
+    criterion says something if its interval lies above zero, and its value above what a random order may reach.
     """
     told = []
     for kind in dict.fromkeys(a.kind for a in found):
         first, as_good = best(found, kind, "sets" if any(a.how == "sets" for a in found) else "alone")
+        by_luck = luck(removed, changes, kind, first.how, seed)
         told.append(
             {
                 "kind": kind,
@@ -127,7 +131,8 @@ def verdicts(found: Sequence[Agreement]) -> list[dict[str, Any]]:
                 "criterion": first.criterion,
                 "spearman": asdict(first.spearman),
                 "not_worse": as_good,
-                "trusted": first.spearman.low > 0,
+                "luck": by_luck,
+                "trusted": first.spearman.low > 0 and first.spearman.value > by_luck,
             }
         )
     return told
