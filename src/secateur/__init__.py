@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from secateur.evaluation import Knowledge, knowledge_distribution
     from secateur.evaluation.perplexity import perplexity
     from secateur.groups import Group, Groups, Member
-    from secateur.importance import Magnitude, Random, Taylor, leave_one_out, score
+    from secateur.importance import Gate, Magnitude, Random, Taylor, leave_one_out, score
     from secateur.importance.components import ComponentCriterion
     from secateur.methods.loraprune import LoRAPrune
     from secateur.methods.lorashear import LoRAShear
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _HOME = {
     "Budget": "allocation",
     "ComponentCriterion": "importance.components",
+    "Gate": "importance",
     "Group": "groups",
     "Groups": "groups",
     "Knowledge": "evaluation",

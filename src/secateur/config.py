@@ -120,7 +120,9 @@ class PruneSettings(Section):
     mode: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
     kinds: tuple[Kind, ...] = ()
     kind_ratios: dict[Kind, Annotated[float, Field(ge=0, lt=1)]] = {}
-    criterion: Literal["random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed"] = "taylor-1"
+    criterion: Literal[
+        "random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed", "gate", "gate-1", "gate-mixed"
+    ] = "taylor-1"
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     ranking: Literal["local", "global"] = "local"
     iterations: int = Field(1, ge=1)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from secateur.errors import CheckpointError, first_line
-from secateur.surgery.input_masks import input_dim
+from secateur.readers import input_dim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

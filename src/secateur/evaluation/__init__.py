@@ -10,6 +10,7 @@ from secateur.evaluation.zero_shot import Prepared, prepare, setting, zero_shot
 
 __all__ = [
     "RATIOS", "Agreement", "Knowledge", "Perplexity", "Prepared", "Removal", "TaskScore", "Trial", "agreements",
-    "average", "best", "check_picture", "check_ratios", "draw", "groups_to_cut", "knowledge_distribution", "perplexity",
+    "average", "best", "check_picture", "check_ratios", "draw", "groups_to_cut", "knowledge_distribution", "luck",
+    "perplexity",
     "prepare", "removal_costs", "removals", "setting", "zero_shot",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from secateur.errors import PlanError
 from secateur.groups import Group
 from secateur.importance.ablation import leave_one_out
+from secateur.importance.gates import Gate
 from secateur.importance.magnitude import Magnitude, Random
 from secateur.importance.reduce import REDUCTIONS, Axis, axes_of, group_scores
 from secateur.importance.taylor import Taylor, gradients
@@ -18,7 +19,10 @@ from secateur.packed import refuse_packed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["CRITERIA", "REDUCTIONS", "Criterion", "Magnitude", "Random", "Taylor", "leave_one_out", "score"]
+__all__ = [
+    "CRITERIA", "REDUCTIONS", "Criterion", "Gate", "Magnitude", "Random", "Taylor", "leave_one_out",
+    "score",
+]  # fmt: skip
 
 
 class Criterion(Protocol):
@@ -32,7 +36,7 @@ class Criterion(Protocol):
 
 GroupCriterion = Callable[[Group, Mapping[str, Tensor], Mapping[str, Tensor]], Tensor]
 
-CRITERIA: dict[str, Criterion] = {
+CRITERIA: dict[str, Criterion | Gate] = {
     "random": Random(),
     "l1": Magnitude(p=1),
     "l2": Magnitude(p=2),
@@ -40,6 +44,9 @@ CRITERIA: dict[str, Criterion] = {
     "taylor-1": Taylor(order=1),
     "taylor-2": Taylor(order=2),
     "taylor-mixed": Taylor(order="mixed"),
+    "gate": Gate(),
+    "gate-1": Gate(order=1),
+    "gate-mixed": Gate(order="mixed"),
 }
 
 
@@ -47,7 +54,7 @@ def score(
     model: PreTrainedModel,
     groups: Sequence[Group],
     batches: Sequence[Tensor],
-    criterion: Criterion | GroupCriterion,
+    criterion: Criterion | Gate | GroupCriterion,
     reduction: str = "sum",
 ) -> dict[str, Tensor]:
     """Importance of every unit of `groups`.
@@ -63,9 +70,14 @@ def score(
 
     Raises:
         NonFiniteError: a loss or score is NaN or infinite.
-        PlanError: weights are quantised, so that they have no gradients and other values than are stored.
-        ValueError: no such reduction.
+        PlanError: weights are quantised, so that they have no gradients and other values than are stored, or what
+            `Gate` refuses.
+        ValueError: no such reduction, or one for a criterion that scores units as a whole.
     """
+    if isinstance(criterion, Gate):
+        if reduction != "sum":
+            raise ValueError(f"gates score units as a whole, so there is nothing to reduce by {reduction}")
+        return criterion.units(model, list(groups), batches)
     refuse_packed(model, "scored by these criteria", PlanError)
     if reduction not in REDUCTIONS:
         raise ValueError(f"unknown reduction {reduction!r}; known: {', '.join(REDUCTIONS)}")

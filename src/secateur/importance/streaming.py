@@ -28,6 +28,7 @@ def backward(
     visit: Visit,
     *,
     weights: Sequence[float] | None = None,
+    on_batch: Callable[[], None] = lambda: None,
     gradient_checkpointing: bool = False,
 ) -> None:
     """Back-propagate the mean token loss of each batch and show every gradient to `visit`, parameter by parameter.
@@ -39,6 +40,7 @@ def backward(
         names: the parameters whose gradients are wanted.
         batches: token ids, each [sequences, length].
         weights: factor on each batch's loss; 1 if not given.
+        on_batch: called when all gradients of a batch have been shown.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
@@ -55,6 +57,7 @@ def backward(
                 raise NonFiniteError(f"the loss on calibration batch {number} is {float(loss)}: {cause}")
             if loss.requires_grad:  # else nothing in it depends on the parameters: experts that no token reaches
                 (loss * (weights[number] if weights else 1.0)).backward()
+            on_batch()
 
 
 def broken_parameter(model: PreTrainedModel) -> str | None:

@@ -23,7 +23,7 @@ from secateur.evaluation import (
     knowledge_distribution,
 )
 from secateur.groups import Groups
-from secateur.importance import Taylor, score
+from secateur.importance import Gate, Taylor, score
 from secateur.pipeline.kept import check_output, check_writable, key_of
 from secateur.pipeline.measured import Losses, Measured
 from secateur.pipeline.pruning import calibration_batch, calibration_corpus, criterion_of
@@ -56,7 +56,8 @@ def analyze(
     check_ratios(ratios)
     check_files(json_file, picture, resume)
     corpus = evaluation_text(recipe)
-    scored_on = calibration_corpus(recipe) if isinstance(criterion_of(recipe.prune, recipe.seed), Taylor) else None
+    reads_text = isinstance(criterion_of(recipe.prune, recipe.seed), Taylor | Gate)
+    scored_on = calibration_corpus(recipe) if reads_text else None
     clock = Clock()
     clock.begin("load")
     source = load_model(recipe, to_change=True)

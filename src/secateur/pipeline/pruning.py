@@ -16,7 +16,7 @@ from secateur.config import PruneSettings, Recipe
 from secateur.data import Corpus, calibration_tokens, load_corpus
 from secateur.errors import BudgetError, DataError, PlanError, StreamingError
 from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
-from secateur.importance import CRITERIA, Criterion, Random, Taylor
+from secateur.importance import CRITERIA, Criterion, Gate, Random, Taylor
 from secateur.methods import llm_pruner
 from secateur.pipeline.protecting import Protection, protection
 from secateur.pipeline.results import (
@@ -232,12 +232,12 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     )
 
 
-def criterion_of(prune: PruneSettings, seed: int) -> Criterion:
+def criterion_of(prune: PruneSettings, seed: int) -> Criterion | Gate:
     """The criterion that a recipe names."""
-    criterion: Criterion = CRITERIA[prune.criterion]
+    criterion: Criterion | Gate = CRITERIA[prune.criterion]
     if isinstance(criterion, Random):
         return replace(criterion, seed=seed)
-    if isinstance(criterion, Taylor):
+    if isinstance(criterion, Taylor | Gate):
         return replace(criterion, gradient_checkpointing=prune.gradient_checkpointing)
     return criterion
 

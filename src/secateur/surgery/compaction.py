@@ -14,9 +14,9 @@ from secateur.discovery.reference import Reference
 from secateur.errors import PlanError
 from secateur.groups import Groups, IndexArray, Kept
 from secateur.packed import packed_weights
+from secateur.readers import base_of, input_dim
 from secateur.surgery.attributes import Slot, cut_modules, size_attributes
 from secateur.surgery.cuts import Cut
-from secateur.surgery.input_masks import base_of, input_dim
 from secateur.surgery.trial import LogitCheck
 
 if TYPE_CHECKING:

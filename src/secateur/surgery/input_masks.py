@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from secateur.discovery.reference import Reference, plain_logits
 from secateur.errors import DiscoveryError, PlanError
-from secateur.groups import Group, Groups, Kept, Member
+from secateur.groups import Group, Groups, Kept
+from secateur.readers import readers
 from secateur.surgery.trial import TOLERANCE
 
 if TYPE_CHECKING:
@@ -81,37 +82,6 @@ def _masking(mask: Tensor) -> Any:
         return (args[0] * held["mask"], *args[1:])
 
     return hook
-
-
-def readers(model: nn.Module, group: Group) -> Sequence[Member]:
-    """The members of a group that are inputs of linear modules and read its units.
-
-    Raises:
-        PlanError: it has none, or something else reads its units.
-    """
-    found = [m for m in group.members if m.role == "consumer"]
-    for member in found:
-        path, _, leaf = member.parameter.rpartition(".")
-        if leaf != "weight" or member.dim != input_dim(base_of(model.get_submodule(path))):
-            raise PlanError(f"{group.name} is read through {member.parameter}, not the weight of a linear module")
-    if not found:
-        raise PlanError(f"no linear module reads {group.name}")
-    return found
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """The module that an adapter wraps, or the module itself."""
-    get = getattr(module, "get_base_layer", None)
-    return get() if callable(get) else module
-
-
-def input_dim(module: nn.Module) -> int | None:
-    """The dimension of a linear module's weight that its inputs lie on, None for any other module."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, Conv1D):
-        return 0
-    return 1 if isinstance(module, nn.Linear) else None
 
 
 def not_maskable(reference: Reference, kinds: Sequence[str], seed: int = 0) -> dict[str, str]:

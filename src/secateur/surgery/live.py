@@ -25,10 +25,11 @@ from secateur.errors import PlanError
 from secateur.groups import Group, Groups
 from secateur.packed import dense_weight, packed_weights
 from secateur.plan import PruningPlan
+from secateur.readers import base_of, input_dim
 from secateur.surgery.adapters import PREFIX, is_adapted, unsupported
 from secateur.surgery.compaction import attributes_to_follow, check_state, compact
 from secateur.surgery.expressible import Expressible, expressible
-from secateur.surgery.input_masks import InputMasks, base_of, input_dim, not_maskable
+from secateur.surgery.input_masks import InputMasks, not_maskable
 from secateur.surgery.per_layer import is_per_layer, skeleton
 from secateur.surgery.shapes import build_on_meta
 from secateur.surgery.slicing import load_tensors

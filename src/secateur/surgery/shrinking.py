@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secateur.groups import Group, Member
 from secateur.importance.displacement import producers
 from secateur.importance.lora_guided import adapted_layer, factors_of
-from secateur.surgery.input_masks import base_of
+from secateur.readers import base_of
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
