@@ -76,10 +76,11 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "ComponentCriterion", "Group", "Groups", "Knowledge", "LoRAPrune", "LoRAShear", "Magnitude", "Member",
-    "PrunedLoRA", "PrunedLoRASettings", "PruningPlan", "Random", "RecoverySettings", "SecateurError", "Taylor",
-    "allocate", "bench", "calibration_tokens", "discover", "draw_mix", "knowledge_distribution", "leave_one_out",
-    "load", "load_corpus", "mask", "perplexity", "prove", "prune_adapter", "recover", "save", "score", "slice",
+    "Budget", "ComponentCriterion", "Gate", "Group", "Groups", "Knowledge", "LoRAPrune", "LoRAShear", "Magnitude",
+    "Member", "PrunedLoRA", "PrunedLoRASettings", "PruningPlan", "Random", "RecoverySettings", "SecateurError",
+    "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix", "knowledge_distribution",
+    "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "prune_adapter", "recover", "save",
+    "score", "slice",
 ]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from secateur.allocation import Budget, allocate, check_shares
+from secateur.compensation import Compensated, Compensation, compensated
 from secateur.discovery import discover
 from secateur.errors import BudgetError
 from secateur.groups import Groups
@@ -61,6 +62,7 @@ class LLMPruner:
         uniform: the same widths in every layer, so that stock classes load the result.
         protect: names of groups to leave whole, such as those a knowledge distribution finds most sensitive.
         layer_choice: for layer-wise mode, `importance`, or the reference's `first` (keep the first ones).
+        compensation: how the matrices that read what goes make up for it, on the calibration text; ours, None for none.
 
     Raises:
         BudgetError: a share of `kind_ratios` lies outside [0, 1), or is asked of a kind that `kinds` leaves out.
@@ -81,6 +83,7 @@ class LLMPruner:
     layer_ratios: Mapping[int, float] | None = None
     kind_ratios: Mapping[str, float] = field(default_factory=dict)
     layer_choice: Literal["importance", "first"] = "importance"
+    compensation: Compensation | None = None
 
     def __post_init__(self) -> None:
         check_shares(self.kind_ratios)
@@ -98,6 +101,7 @@ class PruneResult:
         groups: all groups of the original.
         scores: importance per group at the last iteration [units].
         left_whole: family -> why it was not pruned although its kind was to be.
+        compensated: the matrices that make up for what went.
     """
 
     model: PreTrainedModel
@@ -105,6 +109,7 @@ class PruneResult:
     groups: Groups
     scores: Mapping[str, torch.Tensor]
     left_whole: Mapping[str, str] = field(default_factory=dict)
+    compensated: Sequence[Compensated] = ()
 
 
 def run(
@@ -114,7 +119,7 @@ def run(
 
     Args:
         batches: calibration token ids, each [sequences, length].
-        on_step: told the name of each step as it begins: `discover`, `score`, `allocate`, `cut`.
+        on_step: told the name of each step as it begins: `discover`, `score`, `allocate`, `compensate`, `cut`.
 
     Raises:
         PlanError: nothing of the mode's kinds, or of a kind named in the settings, can be pruned.
@@ -150,9 +155,26 @@ def run(
             ties=can.ties,
             multiples=can.multiples,
         )
-    on_step("cut")
-    small = slice(model, plan, groups)
-    return PruneResult(small, plan, groups, scores, left_whole)
+    small, done = cut(model, plan, batches, settings.compensation, groups, on_step)
+    return PruneResult(small, plan, groups, scores, left_whole, done)
+
+
+def cut(
+    model: PreTrainedModel,
+    plan: PruningPlan,
+    batches: Sequence[torch.Tensor],
+    compensation: Compensation | None,
+    groups: Groups | None = None,
+    on_step: Step = lambda name: None,
+) -> tuple[PreTrainedModel, Sequence[Compensated]]:
+    """Step 4, compensated or not; `model` is left as it was."""
+    if compensation is None:
+        on_step("cut")
+        return slice(model, plan, groups), ()
+    on_step("compensate")
+    with compensated(model, plan, batches, compensation, groups) as done:
+        on_step("cut")
+        return slice(model, plan, groups), done
 
 
 def kinds_of(mode: Mode, groups: Groups) -> tuple[str, ...]:

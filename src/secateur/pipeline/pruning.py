@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ import torch
 from secateur import checkpoint as checkpoints
 from secateur.allocation import Budget
 from secateur.checkpoint import BUNDLED, Checkpoint, output_folder
+from secateur.compensation import Compensated, Compensation
 from secateur.config import PruneSettings, Recipe
 from secateur.data import Corpus, calibration_tokens, load_corpus
 from secateur.errors import BudgetError, DataError, PlanError, StreamingError
@@ -31,7 +34,7 @@ from secateur.pipeline.results import (
     write_checked,
 )
 from secateur.plan import PruningPlan
-from secateur.surgery import pad, slice
+from secateur.surgery import pad
 from secateur.surgery.per_layer import is_per_layer
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         raise PlanError("the tier depth drops whole layers, and these settings none: add --mode layer-wise")
     if plan is not None and wanted.knowledge is not None:
         raise PlanError("a plan says already what goes, so a knowledge file has no use: give --plan or --knowledge")
-    protects = protection(wanted)
+    protects, compensates = protection(wanted), wanted.compensate != "none"
     if plan is not None and (place := _to_stream(recipe)):
         try:
             return _stream(recipe, place, output, plan, overwrite)
@@ -66,10 +69,10 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         clock = Clock()
         clock.begin("load")
         source = load_model(recipe, to_change=True)
-        decides = calibration_corpus(recipe) if plan is None else PruningPlan.load(plan)
-        replayed = decides if isinstance(decides, PruningPlan) else None
+        corpus = calibration_corpus(recipe) if plan is None or compensates else None
+        replayed = None if plan is None else PruningPlan.load(plan)
         results = dense_results(source, recipe, clock, replayed, protects)
-        small, used = _cut(source, recipe, decides, protects.groups, clock, results)
+        small, used = _cut(source, recipe, replayed, corpus, protects.groups, clock, results)
         small = add_pruned(results, small, source, recipe, clock)
         if plan is None:
             used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
@@ -132,6 +135,7 @@ def _to_stream(recipe: Recipe) -> Path | None:
     """The folder to cut without loading the model; None if it is none, or the weights are needed for more than that."""
     place = BUNDLED.get(recipe.model.source, Path(recipe.model.source))
     more = recipe.evaluation.texts or recipe.recovery is not None or recipe.model.dtype is not None
+    more = more or recipe.prune.compensate != "none"
     return place if place.is_dir() and not more and recipe.prune.tier == "auto" else None
 
 
@@ -176,22 +180,31 @@ def _for(source: Checkpoint, plan: PruningPlan) -> PruningPlan:
 def _cut(
     source: Checkpoint,
     recipe: Recipe,
-    decides: PruningPlan | Corpus,
+    replayed: PruningPlan | None,
+    corpus: Corpus | None,
     protect: tuple[str, ...],
     clock: Clock,
     results: Results,
 ) -> tuple[PreTrainedModel, PruningPlan]:
     """The smaller model and the plan behind it: one to replay, or one made now by scores on a text."""
-    if isinstance(decides, PruningPlan):
-        decides.check_checkpoint(source.sha256)
-        clock.begin("cut")
-        return slice(source.model, decides), _for(source, decides)
-    batches = [calibration_batch(source, decides, recipe, results)]
+    batches = [] if corpus is None else [calibration_batch(source, corpus, recipe, results)]
     settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
+    if replayed is not None:
+        replayed.check_checkpoint(source.sha256)
+        small, done = llm_pruner.cut(source.model, replayed, batches, settings.compensation, on_step=clock.begin)
+        results |= _compensation(done)
+        return small, _for(source, replayed)
     result = llm_pruner.run(source.model, batches, settings, clock.begin)
+    results |= _compensation(result.compensated)
     results["kinds"] = result.plan.provenance["allocation"]["shares"]
     results["left_whole"] = dict(result.left_whole)
     return result.model, result.plan
+
+
+def _compensation(done: Sequence[Compensated]) -> Results:
+    """What each matrix gained, for the results."""
+    finite = [asdict(c) | {"strength": c.strength if c.strength != math.inf else None} for c in done]
+    return {"compensation": finite} if done else {}
 
 
 def in_tier(small: PreTrainedModel, wanted: str, source: Checkpoint, results: Results) -> PreTrainedModel:
@@ -229,6 +242,7 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
         layer_ratios=prune.layer_ratios,
         kind_ratios=prune.kind_ratios,
         layer_choice=prune.layer_choice,
+        compensation=None if prune.compensate == "none" else Compensation(prune.compensate, prune.compensate_target),
     )
 
 
