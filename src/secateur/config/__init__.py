@@ -14,7 +14,7 @@ from secateur.config.sections import (
     Section,
     TuneSettings,
 )
-from secateur.config.sweep import Combination, Sweep, parse_sweep
+from secateur.config.sweep import Combination, Sweep, label, parse_sweep
 
 __all__ = [
     "METHOD_OPTIONS",
@@ -31,6 +31,7 @@ __all__ = [
     "Sweep",
     "TuneSettings",
     "dump_recipe",
+    "label",
     "list_recipes",
     "load_job",
     "load_recipe",
