@@ -30,6 +30,11 @@ Mix = Annotated[
     ),
 ]
 
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option("--report-to", help="Watch the training in tensorboard, wandb or trackio; may be repeated."),
+]
+
 
 def recipe_of(model: str, sections: dict[str, Any], seed: int = 42) -> Any:
     """A recipe from flags; flags not given (None) keep the recipe's defaults."""

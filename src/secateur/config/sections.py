@@ -188,6 +188,7 @@ class RecoverSettings(Section):
     eval_every: int | None = Field(None, ge=1)
     save_every: int = Field(200, ge=1)
     gradient_checkpointing: bool = False
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     @model_validator(mode="after")
     def _fits_the_mix(self) -> RecoverSettings:

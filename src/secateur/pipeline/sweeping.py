@@ -18,6 +18,7 @@ from typing import Any, Literal
 from secateur.checkpoint.account import STAGES
 from secateur.config import Combination, Sweep
 from secateur.errors import CheckpointError
+from secateur.pipeline.reporting import check_reporting
 from secateur.pipeline.results import SCHEMA, Results, write_json
 from secateur.pipeline.sweep_keys import keys_of, name_of
 from secateur.pipeline.sweep_processes import Outcome, OwnProcess, Share, share_of
@@ -92,6 +93,8 @@ def run_sweep(
     """
     _check_folder(output, overwrite)
     combinations = sweep.combinations
+    for combination in combinations:
+        check_reporting(combination.recipe)
     share = share_of([combination.recipe for combination in combinations], workers)
     keys = keys_of(combinations)
     output.mkdir(parents=True, exist_ok=True)

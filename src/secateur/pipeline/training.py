@@ -17,6 +17,7 @@ from secateur.errors import BudgetError
 from secateur.pipeline.adapting import train_adapters, training_corpora
 from secateur.pipeline.protecting import protection
 from secateur.pipeline.pruning import add_pruned, dense_results
+from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -40,6 +41,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         SecateurError: for anything wrong with the input; no output is written then.
     """
     assert recipe.recovery is not None
+    check_reporting(recipe)
     work = output.with_name(output.name + ".work")
     protects = protection(recipe.prune)
     pruning = method_of(recipe, protects.groups)
@@ -59,6 +61,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["left_whole"] = dict(outcome.left_whole)
         plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
         pruning.save_adapter(folder / "adapter")
+        keep_logs(work, folder)
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")
         if how:
