@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,18 +39,33 @@ def check_reporters(names: Sequence[str]) -> None:
 def logs_in(folder: Path, reporters: Sequence[str]) -> Iterator[None]:
     """While the block runs, TensorBoard and W&B write into a folder, and W&B's project is `secateur`.
 
-    These take their places from the environment alone; what the user has set there wins.
+    These take their places from the environment alone; what the user has set there wins. A run of W&B that began in
+    the block ends with it, so that its files are whole.
     """
     ours = {"TENSORBOARD_LOGGING_DIR": str(folder), "WANDB_DIR": str(folder), "WANDB_PROJECT": PROJECT}
     mine = {name: value for name, value in ours.items() if reporters and name not in os.environ}
-    if "WANDB_DIR" in mine and "wandb" in reporters:
-        folder.mkdir(parents=True, exist_ok=True)  # or it takes another one
     os.environ.update(mine)
     try:
-        yield
+        with _run_of_wandb(folder) if "wandb" in reporters else nullcontext():
+            yield
     finally:
         for name in mine:
             os.environ.pop(name, None)
+
+
+@contextmanager
+def _run_of_wandb(folder: Path) -> Iterator[None]:
+    """End the run that begins in the block; one that the user has begun goes on."""
+    import wandb
+
+    began = wandb.run is None
+    if os.environ["WANDB_DIR"] == str(folder):
+        folder.mkdir(parents=True, exist_ok=True)  # or it takes another one
+    try:
+        yield
+    finally:
+        if began:
+            wandb.finish()
 
 
 class ReportFigures(TrainerCallback):  # type: ignore[misc]
