@@ -136,28 +136,36 @@ def test_workers_share_memory_and_cores(recipe, monkeypatch, secateur):
     assert code == 2 and "--workers is for sweeps" in err
 
 
-def test_a_sweep_killed_and_called_again_gives_what_it_would_have(recipe, tmp_path):
-    output = tmp_path / "out"
-    method = ["method=loraprune", "recovery.steps=8"]
+def test_a_sweep_killed_and_called_again_gives_what_it_would_have(recipe, tmp_path, monkeypatch):
+    output, method = tmp_path / "out", ["method=loraprune", "recovery.steps=8"]
     flags = ["run", recipe, *method, "-o", output, "--workers", 2]
-    command = [sys.executable, "-c", SWEEP, *map(str, flags)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SWEEP, *map(str, flags)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while not list(output.glob("*/pruned.work/checkpoints/checkpoint-[34567]")) and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert "running" in [run["state"] for run in json.loads((output / "sweep.json").read_text())["runs"]]
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
     record = json.loads((output / "sweep.json").read_text())
-    assert [run["state"] for run in record["runs"]] == ["finished", "finished"] and record["workers"] == 2
+    started = next(run for run in record["runs"] if list((output / run["name"]).glob("pruned.work/checkpoints/*")))
+    assert started["state"] == "running" and (record["workers"], record["threads"]) == (2, 1)
+
+    seed = f"sweep.seed=[{started['settings']['seed']}]"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    (again,) = run_sweep(sweep := load_job(recipe, [*method, seed]), output)["runs"]
+    assert (again["state"], again["name"]) == ("finished", started["name"]), again
+    monkeypatch.undo()
     threads = torch.get_num_threads()
-    torch.set_num_threads(record["threads"])
-    whole = run_recipe(load_job(recipe, method).combinations[0].recipe, tmp_path / "whole")
+    torch.set_num_threads(1)
+    whole = run_recipe(sweep.combinations[0].recipe, tmp_path / "whole")
     torch.set_num_threads(threads)
-    folder = output / record["runs"][0]["name"]
+    folder = output / again["name"]
     found = json.loads((folder / "results.json").read_text())
     assert found["perplexity"] == whole["perplexity"] and found["params"] == whole["params"]
     weights = [place / "pruned" / "model.safetensors" for place in (folder, tmp_path / "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert (output / record["runs"][0]["log"]).read_text().count("- evaluate_pruned") == 1
+    steps = [line for line in (output / again["log"]).read_text().splitlines() if line.startswith("- step ")]
+    assert len(steps) <= 10 and steps[-1].startswith("- step 8 of 8")  # it did not begin anew

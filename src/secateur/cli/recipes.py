@@ -29,7 +29,6 @@ def run(
     overwrite: Overwrite = False,
 ) -> None:
     """Run a recipe from start to end, or all runs of a sweep."""
-    from secateur import pipeline
     from secateur.config import Sweep, load_job
     from secateur.errors import RecipeError
 
@@ -39,6 +38,8 @@ def run(
         return
     if workers is not None:
         raise RecipeError(f"--workers is for sweeps, and {recipe} has no section sweep")
+    from secateur import pipeline  # which takes seconds, after what is wrong has been told
+
     results = pipeline.run_recipe(loaded, output, resume=resume, overwrite=overwrite)
     (print_results if loaded.tune is None else print_adapter)(results)
     print_tasks(results)
