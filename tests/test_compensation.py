@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
 import zoo
+from transformers import AutoModelForCausalLM
 
 import secateur as sc
 from secateur.compensation import ALONE, STRENGTHS, Compensation, Moments, compensated
@@ -149,3 +151,44 @@ def test_it_brings_back_much_of_what_the_cut_costs(trained, tokenizer, text_file
         sc.perplexity(m, tokenizer, text, seq_len=32).value for m in (trained, plain.model, repaired.model)
     )
     assert with_it - dense < 0.7 * (without - dense), (dense, without, with_it)
+
+
+def test_from_the_command_line_with_scores_and_with_a_plan(secateur, checkpoint_folder, text_file, tmp_path):
+    calibration = ["--calibration", text_file, "--samples", "16", "--seq-len", "32", "--compensate", "ridge"]
+    given = ["--sparsity", "0.3", "--criterion", "gate", "--text", text_file]
+    code, out, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *given, *calibration)
+    assert code == 0, err
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert f"compensated: {len(results['compensation'])} matrices" in out
+    assert all(c["after"] <= c["before"] for c in results["compensation"])
+    assert results["protocol"]["settings"]["compensate"] == "ridge" and "compensate_s" in results["timing"]
+    plan = tmp_path / "a" / "plan.json"
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "b", "--plan", plan, *calibration)
+    assert code == 0, err
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path / f).state_dict() for f in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "c", "--plan", plan)
+    assert code == 0, err
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "c").state_dict()
+    assert any(not torch.equal(a[n], plain[n]) for n in a)
+
+
+WRONG = {
+    "while training": (
+        ["--method", "loraprune", "--data", "demo-calibration"],
+        "loraprune has no use for --compensate",
+    ),
+    "no such form": (["--compensate", "svd"], "prune.compensate"),
+    "no biases": (["--compensate", "bias"], "no linear module has a bias"),
+    "a reduction": (["--criterion", "gate", "--reduction", "max"], "leave out the reduction max"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_input_is_told(secateur, checkpoint_folder, text_file, tmp_path, wrong):
+    options, words = WRONG[wrong]
+    calibration = [] if wrong == "while training" else ["--calibration", text_file, "--samples", "4"]
+    given = ["--sparsity", "0.3", *calibration, *(["--compensate", "ridge"] if "--compensate" not in options else [])]
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *given, *options)
+    assert code == 2 and words in " ".join(err.split()), err
+    assert not list(tmp_path.iterdir())

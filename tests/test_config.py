@@ -1,16 +1,18 @@
 """Recipes: every shipped one is valid, every mistake gets a line with its place."""
 
 import pytest
+import yaml
 
-from secateur.config import Recipe, dump_recipe, list_recipes, load_recipe, parse_recipe, recipe_text
+from secateur.config import Recipe, Sweep, dump_recipe, list_recipes, load_job, load_recipe, parse_recipe, recipe_text
 from secateur.errors import RecipeError
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_shipped_recipes_are_valid_and_say_how_to_run_them(name):
-    recipe = load_recipe(name)
-    assert recipe_text(name).startswith("# secateur run ")
-    assert parse_recipe(__import__("yaml").safe_load(dump_recipe(recipe))) == recipe
+    loaded = load_job(name)
+    assert recipe_text(name).startswith(f"# secateur run {name} ")
+    recipes = [c.recipe for c in loaded.combinations] if isinstance(loaded, Sweep) else [loaded]
+    assert all(parse_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe for recipe in recipes)
 
 
 def test_the_papers_models_are_all_there():
@@ -19,7 +21,7 @@ def test_the_papers_models_are_all_there():
     names = {f"llm-pruner/{n}" for n in wanted} | {f"loraprune/{n}" for n in llama}
     names |= {f"lorashear/llama-7b-{ratio}" for ratio in (20, 50)}
     names |= {f"prunedlora/llama-3-8b-r{rank}" for rank in (128, 256, 512)}
-    assert names | {"demo"} == set(list_recipes())
+    assert names | {"demo", "sweeps/demo"} == set(list_recipes())
     recipe = load_recipe("llm-pruner/llama-7b")
     assert recipe.prune.unit_sparsity == 0.25 and recipe.prune.protect_first == 4 and recipe.prune.protect_last == 2
     assert recipe.recovery.learning_rate == 1e-4 and recipe.recovery.batch_size == 64

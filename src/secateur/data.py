@@ -77,14 +77,9 @@ def load_corpus(name_or_file: str | Path, *, field: str | None = None, limit: in
     Raises:
         DataError: no such corpus or file, or it is empty, damaged, binary, or lacks the field.
     """
-    text = str(name_or_file)
-    path = BUNDLED.get(text, Path(text))
-    if path.is_dir():
-        raise DataError(f"{text} is a folder; give a file")
-    if not path.is_file():
-        if text in KNOWN:
-            return _from_hub(text, field, limit)
-        raise DataError(f"{text}: no such file, and no known corpus ({', '.join([*KNOWN, *BUNDLED])})")
+    text, path = str(name_or_file), _file_of(name_or_file)
+    if path is None:
+        return _from_hub(text, field, limit)
     raw = path.read_bytes()
     suffixes = path.suffixes
     if suffixes[-1:] == [".parquet"]:
@@ -100,6 +95,33 @@ def load_corpus(name_or_file: str | Path, *, field: str | None = None, limit: in
         raise DataError(f"{path} holds no text")
     name = text if text in BUNDLED else path.name.split(".")[0]
     return Corpus(name, tuple(rows), hashlib.sha256(raw).hexdigest(), text)
+
+
+def file_sha256(name_or_file: str | Path) -> str | None:
+    """Hash of the bytes of what `load_corpus` would read; None if that comes from the hub.
+
+    Raises:
+        DataError: no such corpus or file.
+    """
+    path = _file_of(name_or_file)
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _file_of(name_or_file: str | Path) -> Path | None:
+    """The file that holds a text; None for a known corpus of the hub.
+
+    Raises:
+        DataError: there is neither.
+    """
+    text = str(name_or_file)
+    path = BUNDLED.get(text, Path(text))
+    if path.is_dir():
+        raise DataError(f"{text} is a folder; give a file")
+    if path.is_file():
+        return path
+    if text not in KNOWN:
+        raise DataError(f"{text}: no such file, and no known corpus ({', '.join([*KNOWN, *BUNDLED])})")
+    return None
 
 
 def json_rows(path: Path) -> tuple[list[dict[str, Any]], str]:

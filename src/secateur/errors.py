@@ -57,6 +57,14 @@ class RecipeError(SecateurError):
     """A recipe that does not follow the schema."""
 
 
+class SweepError(SecateurError):
+    """Runs of a sweep that failed, the others being done; the exit code is 1 if one of them met a defect."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, without its further lines."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -4,7 +4,8 @@ from secateur.checkpoint.adapted import save_adapted, write_adapter
 from secateur.checkpoint.card import Form, checkpoint_form
 from secateur.checkpoint.folders import check_space, output_folder
 from secateur.checkpoint.lineage import WRITERS, carried_plan, cut_from, earlier
-from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton
+from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton, local_folder
+from secateur.checkpoint.memory import available_memory
 from secateur.checkpoint.parity import (
     Parity,
     check_same_logits,
@@ -29,6 +30,7 @@ __all__ = [
     "Parity",
     "StreamCheck",
     "StreamReport",
+    "available_memory",
     "carried_plan",
     "check_packable",
     "check_same_logits",
@@ -40,6 +42,7 @@ __all__ = [
     "earlier",
     "load",
     "load_skeleton",
+    "local_folder",
     "logit_difference",
     "output_folder",
     "quantisation",

@@ -44,8 +44,7 @@ class Checkpoint:
     @property
     def folder(self) -> Path | None:
         """Where it lies; None for a hub name."""
-        place = BUNDLED.get(self.source, Path(self.source))
-        return place if place.is_dir() else None
+        return local_folder(self.source)
 
 
 def load(
@@ -116,6 +115,12 @@ def load_skeleton(source: str | Path, *, trust_remote_code: bool = False) -> Pre
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot build the model of {source}: {first_line(error)}") from error
+
+
+def local_folder(source: str) -> Path | None:
+    """The folder of a checkpoint that is on this machine by that name; None for a hub name."""
+    place = BUNDLED.get(source, Path(source))
+    return place if place.is_dir() else None
 
 
 def _place(source: str | Path) -> Path | str:

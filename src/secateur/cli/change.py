@@ -16,6 +16,7 @@ from secateur.cli.common import (
     Model,
     Output,
     Overwrite,
+    ReportTo,
     Seed,
     Text,
     Trust,
@@ -60,6 +61,11 @@ def prune(
     gradient_checkpointing: Annotated[
         bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations while scoring: less memory.")
     ] = None,
+    compensate: Annotated[
+        str | None,
+        typer.Option(help="Solve the matrices that read what goes again, on the calibration text: ridge; or mend "
+                     "their biases alone: bias."),
+    ] = None,
     layer_choice: Annotated[
         str | None, typer.Option(help="For layer-wise: importance, or first (keep the first ones).")
     ] = None,
@@ -83,6 +89,7 @@ def prune(
     recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text to recover or train on; may be repeated.")] = None,
     mix: Mix = None,
+    report_to: ReportTo = None,
     no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,
     steps: Annotated[int | None, typer.Option(help="While training: optimizer steps.")] = None,
     epochs: Annotated[float | None, typer.Option(help="While training: passes over data, instead of steps.")] = None,
@@ -128,6 +135,7 @@ def prune(
     trains = method in METHOD_OPTIONS
     reading = {"field": field, "seq_len": seq_len}
     checkpointing = {"gradient_checkpointing": gradient_checkpointing}
+    watching = {"mix": mix, "report_to": report_to}
     calibrating = {"source": calibration, "samples": samples}
     scoring: dict[str, Any] = {
         "mode": mode,
@@ -135,6 +143,7 @@ def prune(
         "reduction": reduction,
         "iterations": iterations,
         "layer_choice": layer_choice,
+        "compensate": compensate,
     }
     tuning = {
         "warmup": warmup,
@@ -156,13 +165,13 @@ def prune(
         assert method is not None
         unknown = {name: value for name, value in tuning.items() if name not in METHOD_OPTIONS[method]}
         no_use(method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
-        recovery: dict[str, Any] | None = {"data": data, "mix": mix, **training, **reading, **checkpointing}
+        recovery: dict[str, Any] | None = {"data": data, **watching, **training, **reading, **checkpointing}
     else:
         no_use(method or "llm-pruner", {**training, **tuning})
         scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
         recovers = bool(recover_steps) and not no_recover
-        no_use(f"{method or 'llm-pruner'} without --recover-steps", {} if recovers else {"mix": mix})
-        recovery = {"data": data, "mix": mix, "steps": recover_steps} if recovers else None
+        no_use(f"{method or 'llm-pruner'} without --recover-steps", {} if recovers else watching)
+        recovery = {"data": data, **watching, "steps": recover_steps} if recovers else None
     recipe = recipe_of(
         model,
         {
@@ -273,6 +282,7 @@ def recover(
     eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the texts.")] = None,
     field: Field = None,
     text: Text = None,
+    report_to: ReportTo = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training checkpoint.")] = False,
     seed: Seed = 42,
     dtype: Dtype = None,
@@ -307,6 +317,7 @@ def recover(
                 "train_on_inputs": train_on_inputs,
                 "gradient_checkpointing": gradient_checkpointing,
                 "eval_every": eval_every,
+                "report_to": report_to,
                 "field": field,
             },
             "evaluation": {"texts": text},

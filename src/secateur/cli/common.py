@@ -30,6 +30,11 @@ Mix = Annotated[
     ),
 ]
 
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option("--report-to", help="Watch the training in tensorboard, wandb or trackio; may be repeated."),
+]
+
 
 def recipe_of(model: str, sections: dict[str, Any], seed: int = 42) -> Any:
     """A recipe from flags; flags not given (None) keep the recipe's defaults."""
@@ -70,6 +75,13 @@ def print_results(results: dict[str, Any]) -> None:
     print_perplexity(results)
     if results.get("kinds"):
         print_kinds(results["kinds"])
+    if made := results.get("compensation"):
+        before, after = (sum(c[key] for c in made) / len(made) for key in ("before", "after"))
+        out.print(
+            f"compensated: {len(made)} matrices, whose results were off by {before:.1%} (of their squares, mean) "
+            f"and are by {after:.1%}",
+            soft_wrap=True,
+        )
     for family, reason in results.get("left_whole", {}).items():
         out.print(f"left whole: {family}: {reason}", soft_wrap=True)
     if "tier" in results:

@@ -9,6 +9,7 @@ import typer
 
 from secateur.cli.adapters import print_adapter
 from secateur.cli.common import Overwrite, out, print_results, print_tasks
+from secateur.cli.sweeps import run_sweep
 
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that ship with Secateur.")
 
@@ -19,14 +20,26 @@ def run(
         list[str] | None, typer.Argument(help="key=value, for example prune.param_sparsity=0.3")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folder.")] = Path("run"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run; a sweep always does.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Of a sweep: runs at once; as memory and cores allow if not given.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Run a recipe from start to end."""
-    from secateur import pipeline
-    from secateur.config import load_recipe
+    """Run a recipe from start to end, or all runs of a sweep."""
+    from secateur.config import Sweep, load_job
+    from secateur.errors import RecipeError
 
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_job(recipe, overrides or [])
+    if isinstance(loaded, Sweep):
+        run_sweep(loaded, output, workers, overwrite)
+        return
+    if workers is not None:
+        raise RecipeError(f"--workers is for sweeps, and {recipe} has no section sweep")
+    from secateur import pipeline  # which takes seconds, after what is wrong has been told
+
     results = pipeline.run_recipe(loaded, output, resume=resume, overwrite=overwrite)
     (print_results if loaded.tune is None else print_adapter)(results)
     print_tasks(results)
@@ -56,10 +69,10 @@ def recipes_validate(
     overrides: Annotated[list[str] | None, typer.Argument()] = None,
 ) -> None:
     """Check a recipe without running it."""
-    from secateur.config import load_recipe
+    from secateur.config import Sweep, load_job
 
-    load_recipe(file, overrides or [])
-    print(f"{file}: valid")
+    loaded = load_job(file, overrides or [])
+    print(f"{file}: valid" + (f", a sweep of {len(loaded.combinations)} runs" if isinstance(loaded, Sweep) else ""))
 
 
 def demo(

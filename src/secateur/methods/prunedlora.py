@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -58,6 +58,8 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
     Raises:
         BudgetError: a rank, interval or share is out of range.
     """
+
+    history_of: ClassVar[str] = "rank"
 
     def __init__(self, target_rank: int, **settings: Any) -> None:
         self.settings = PrunedLoRASettings(target_rank, **settings)

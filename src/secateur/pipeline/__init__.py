@@ -8,11 +8,13 @@ from secateur.pipeline.recipes import run_recipe
 from secateur.pipeline.recovering import prune_and_recover, recover_checkpoint
 from secateur.pipeline.results import PACKAGES, load_model, write_json
 from secateur.pipeline.shipping import export
+from secateur.pipeline.sweeping import SweepRun, run_sweep
 from secateur.pipeline.training import prune_while_training
 from secateur.pipeline.tuning import base_of_adapter, prune_trained_adapter, tune
 
 __all__ = [
     "PACKAGES",
+    "SweepRun",
     "analyze",
     "audit",
     "base_of_adapter",
@@ -26,6 +28,7 @@ __all__ = [
     "prune_while_training",
     "recover_checkpoint",
     "run_recipe",
+    "run_sweep",
     "tune",
     "with_adapter",
     "write_json",

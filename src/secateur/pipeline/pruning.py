@@ -22,6 +22,7 @@ from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Gate, Random, Taylor
 from secateur.methods import llm_pruner
 from secateur.pipeline.protecting import Protection, protection
+from secateur.pipeline.reporting import check_reporting
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -52,6 +53,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     Raises:
         SecateurError: for anything wrong with the input; nothing is written then.
     """
+    check_reporting(recipe)
     wanted = recipe.prune
     if plan is None and wanted.param_sparsity is None and wanted.unit_sparsity is None and not wanted.kind_ratios:
         raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")

@@ -15,7 +15,7 @@ from secateur.evaluation import Prepared
 from secateur.pipeline.measuring import with_adapter
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.recovering import joined, recover_checkpoint
-from secateur.pipeline.results import Results, load_model, write_json
+from secateur.pipeline.results import Results, load_model, write_json, write_whole
 from secateur.pipeline.tasks import prepared_tasks, stage, tasks_of_stages
 from secateur.pipeline.training import prune_while_training
 from secateur.pipeline.tuning import tune
@@ -85,7 +85,8 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> It
             raise CheckpointError(f"{output} exists and is not empty; choose another folder, --resume or --overwrite")
         shutil.rmtree(output)
     output.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+    if not file.exists():
+        write_whole(file, text)
     try:
         yield
     except SecateurError:

@@ -13,6 +13,7 @@ from secateur.config import Recipe, RecoverSettings
 from secateur.data import Corpus, load_corpus
 from secateur.pipeline.dense import Dense, dense_of
 from secateur.pipeline.pruning import prune
+from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -39,6 +40,7 @@ def recover_checkpoint(
         SecateurError: for anything wrong with the input.
     """
     assert recipe.recovery is not None
+    check_reporting(recipe)
     settings = recipe.recovery
     work = output.with_name(output.name + ".work")
     with output_folder(output, overwrite=overwrite) as folder:
@@ -76,6 +78,7 @@ def recover_checkpoint(
         adapter = sum(file.stat().st_size for file in outcome.adapter.rglob("*"))
         checkpoints.check_space(folder, checkpoints.weight_bytes(outcome.model) + adapter)
         shutil.copytree(outcome.adapter, folder / "adapter")
+        keep_logs(work, folder)
         write_checked(outcome.model, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
     return results

@@ -178,7 +178,12 @@ def peak_memory() -> dict[str, int | None]:
 
 
 def write_json(path: Path, data: Mapping[str, Any] | Sequence[Any]) -> None:
-    """Write JSON through a temporary file, so that a reader never sees half of it."""
+    """Write JSON, so that a reader never sees half of it."""
+    write_whole(path, json.dumps(data, indent=1) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text through a temporary file."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

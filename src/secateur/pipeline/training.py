@@ -16,6 +16,7 @@ from secateur.errors import BudgetError
 from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters, training_corpora
 from secateur.pipeline.protecting import protection
 from secateur.pipeline.pruning import add_pruned, begun
+from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -39,6 +40,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         SecateurError: for anything wrong with the input; no output is written then.
     """
     assert recipe.recovery is not None
+    check_reporting(recipe)
     work = output.with_name(output.name + ".work")
     protects = protection(recipe.prune)
     pruning = method_of(recipe, protects.groups)
@@ -63,6 +65,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["left_whole"] = dict(outcome.left_whole)
         plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
         pruning.save_adapter(folder / "adapter")
+        keep_logs(work, folder)
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")
         if how:
@@ -91,6 +94,12 @@ def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> GradualPruning:
     if prune.kind_ratios or prune.layer_ratios:
         raise BudgetError(
             f"{recipe.method.name} takes one budget for all kinds and layers: no shares (kind_ratios, layer_ratios)"
+        )
+    if prune.compensate != "none":
+        raise BudgetError(
+            f"{recipe.method.name} trains while it cuts, so there is nothing to compensate (prune.compensate); to "
+            "compensate its plan on the dense model instead, replay it: secateur prune MODEL --plan plan.json "
+            "--compensate ridge"
         )
     methods: dict[str, Callable[..., GradualPruning]] = {"loraprune": LoRAPrune, "lorashear": LoRAShear}
     return methods[recipe.method.name](

@@ -14,6 +14,7 @@ from secateur.config import Recipe, TuneSettings
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import BudgetError, CheckpointError, RecipeError, first_line
 from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters, training_corpora
+from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
     Clock,
     Results,
@@ -47,6 +48,7 @@ def tune(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool 
     assert recipe.tune is not None
     if recipe.recovery is None:
         raise RecipeError("tune trains an adapter: give a recovery section (data, rank to start from, steps, ...)")
+    check_reporting(recipe)
     work = output.with_name(output.name + ".work")
     settings = _settings(recipe.tune)
     pruning = PrunedLoRA(**{name: getattr(settings, name) for name in settings.__dataclass_fields__})
@@ -67,6 +69,7 @@ def tune(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool 
         add_perplexity(results, "tuned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")
+        keep_logs(work, folder)
         _write(adapted, folder, source, recipe, results, clock)
     shutil.rmtree(work, ignore_errors=True)
     return results

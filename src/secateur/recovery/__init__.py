@@ -1,16 +1,19 @@
 """Recovery: training that gives a pruned model back what the cut cost."""
 
-from secateur.recovery.lora import RecoveryResult, last_checkpoint, recover, train, with_adapters
+from secateur.recovery.lora import LOGS, RecoveryResult, last_checkpoint, recover, train, with_adapters
 from secateur.recovery.picture import draw_mix, save_mix
 from secateur.recovery.rank_picture import draw_ranks, save_ranks
+from secateur.recovery.reporting import check_reporters
 from secateur.recovery.rounds import mix_record
 from secateur.recovery.settings import RecoverySettings
 from secateur.recovery.training_data import TrainingData, training_data
 
 __all__ = [
+    "LOGS",
     "RecoveryResult",
     "RecoverySettings",
     "TrainingData",
+    "check_reporters",
     "draw_mix",
     "draw_ranks",
     "last_checkpoint",

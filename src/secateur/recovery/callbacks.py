@@ -68,10 +68,15 @@ class OwnFolder(TrainerCallback):  # type: ignore[misc]
         self.folder = folder
         self.resume = resume
         self.new = not folder.exists()
+        self.earlier = [] if resume else sorted(folder.rglob("*"), reverse=True)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not self.resume and not self.new and state.is_world_process_zero:
-            shutil.rmtree(self.folder)
+            for path in self.earlier:  # what other callbacks have begun to write by now stays
+                if not path.is_dir() or path.is_symlink():
+                    path.unlink(missing_ok=True)
+                elif not any(path.iterdir()):
+                    path.rmdir()
             self.new = True
 
     @contextmanager

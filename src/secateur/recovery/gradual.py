@@ -107,6 +107,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
 
     Attributes:
         name: of the method.
+        history_of: what trackers call the figures in the history.
         settings: of the run.
         live: the model in training; None before `prepare`.
         history: step, share asked for and sparsity reached, whenever units went.
@@ -117,6 +118,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
     """
 
     name: ClassVar[str]
+    history_of: ClassVar[str] = "pruning"
     settings: GradualSettings
 
     def __init__(self, settings: GradualSettings) -> None:

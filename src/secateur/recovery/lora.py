@@ -19,6 +19,7 @@ from secateur.errors import DataError, RecipeError, first_line
 from secateur.recovery.callbacks import MeasureTexts, OwnFolder, PrintLosses, StopOnBrokenLoss
 from secateur.recovery.examples import IGNORED
 from secateur.recovery.gradual import GradualPruning
+from secateur.recovery.reporting import PROJECT, ReportFigures, check_reporters, logs_in, own_entries
 from secateur.recovery.rounds import Rounds, check_pooled, mix_record
 from secateur.recovery.settings import RecoverySettings
 from secateur.recovery.targets import Targets, all_targets, read_directly
@@ -27,6 +28,8 @@ from secateur.recovery.training_data import TrainingData, training_data
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+
+LOGS = "logs"  # beside the checkpoints of a run
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ def train(
     """Train the adapters in a model; arguments as for `recover`.
 
     What an earlier run left in `output` is replaced when training begins; what this one does vanishes with its error.
+    What TensorBoard and W&B write lies in `output/logs`.
 
     Args:
         callbacks: of the Trainer, in addition to our own.
@@ -112,6 +116,7 @@ def train(
         DataError, RecipeError, CheckpointError: as for `recover`.
         NonFiniteError: the loss becomes NaN or infinite.
     """
+    check_reporters(settings.report_to)
     started = last_checkpoint(output) if resume else None
     folder = OwnFolder(output, resume)
     ours: list[TrainerCallback] = []
@@ -133,12 +138,13 @@ def train(
     if evaluate is not None and settings.eval_every:
         ours.append(MeasureTexts(evaluate, settings.eval_every))
     begin = time.perf_counter()
-    with folder.gone_after_an_error():
+    with folder.gone_after_an_error(), logs_in(output / LOGS, settings.report_to):
         trainer = _trainer(adapted, tokenizer, dataset, arguments)
-        for callback in [*ours, *callbacks, folder]:
+        report = [ReportFigures(trainer, callbacks)] if settings.report_to else []
+        for callback in [*ours, *callbacks, *report, folder]:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=started)
-    return list(trainer.state.log_history), round(time.perf_counter() - begin, 3)
+    return own_entries(trainer.state.log_history), round(time.perf_counter() - begin, 3)
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -207,7 +213,9 @@ def _arguments(settings: RecoverySettings, steps: int, output: Path, dtype: torc
         save_steps=settings.save_every,
         save_total_limit=2,
         seed=settings.seed,
-        report_to="none",
+        report_to=list(settings.report_to) or "none",
+        run_name=f"{output.absolute().parent.name}/{output.name.removesuffix('.work')}",
+        project=PROJECT,
         disable_tqdm=not sys.stderr.isatty(),
     )
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from secateur.recovery.reporting import Reporter
+
 Mix = Literal["proportional", "uniform", "dynamic"]
 
 
@@ -34,6 +36,7 @@ class RecoverySettings:
         round_steps: optimizer steps of a round; a tenth of all if not given.
         balance: part of a dynamic mix that follows the sizes of the sources.
         patience: rounds without improvement after which a stage of a dynamic mix ends; 0 never ends one early.
+        report_to: any of tensorboard, wandb, trackio, through the Trainer's own reports.
         seed: of initialisation, order and dropout.
     """
 
@@ -56,6 +59,7 @@ class RecoverySettings:
     round_steps: int | None = None
     balance: float = 0.5
     patience: int = 2
+    report_to: Sequence[Reporter] = ()
     seed: int = 42
 
     @property

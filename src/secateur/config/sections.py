@@ -1,16 +1,14 @@
-"""Recipes: the schema of a whole job, read from YAML, checked before anything runs."""
+"""The sections of a recipe: their settings, defaults, and what goes with what."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from secateur.errors import EvaluationError, RecipeError
+from secateur.errors import EvaluationError
 from secateur.groups import OFFERED_KINDS
 
 
@@ -56,7 +54,7 @@ class ModelSettings(Section):
 class MethodSettings(Section):
     """Which method, and what only methods know that prune while they train (on the data of `recovery`).
 
-    What is not given is as the method itself has it.
+    What is not given is as the method itself has it. `method: lorashear` is short for `method: {name: lorashear}`.
     """
 
     name: Literal["llm-pruner", "loraprune", "lorashear"] = "llm-pruner"
@@ -83,6 +81,11 @@ class MethodSettings(Section):
     def given(self) -> dict[str, Any]:
         """The options that are given."""
         return self.model_dump(exclude={"name"}, exclude_none=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, data: Any) -> Any:
+        return {"name": data} if isinstance(data, str) else data
 
     @model_validator(mode="after")
     def _options_of_the_method(self) -> MethodSettings:
@@ -112,7 +115,8 @@ class CalibrationSettings(Section):
 class PruneSettings(Section):
     """What to remove, and how to choose it.
 
-    Of the groups in `knowledge`, a file that `secateur analyze` wrote, the worst `protect_share` is left whole.
+    Of the groups in `knowledge`, a file that `secateur analyze` wrote, the worst `protect_share` is left whole. With
+    `compensate`, matrices that read what goes make up for it on the calibration text (`secateur.compensation`).
     """
 
     param_sparsity: float | None = Field(None, ge=0, lt=1)
@@ -138,6 +142,8 @@ class PruneSettings(Section):
     layer_ratios: dict[int, float] | None = None
     layer_choice: Literal["importance", "first"] = "importance"
     quantize_output: Literal["8bit", "4bit"] | None = None
+    compensate: Literal["none", "ridge", "bias"] = "none"
+    compensate_target: Literal["current", "dense"] = "current"
 
     @property
     def same_widths(self) -> bool:
@@ -153,6 +159,18 @@ class PruneSettings(Section):
     def _one_budget(self) -> PruneSettings:
         if self.param_sparsity is not None and self.unit_sparsity is not None:
             raise ValueError("give param_sparsity or unit_sparsity, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _gates_as_a_whole(self) -> PruneSettings:
+        if self.criterion.startswith("gate") and self.reduction != "sum":
+            raise ValueError(f"{self.criterion} scores units as a whole: leave out the reduction {self.reduction}")
+        return self
+
+    @model_validator(mode="after")
+    def _target_of_something(self) -> PruneSettings:
+        if self.compensate_target == "dense" and self.compensate != "ridge":
+            raise ValueError("compensate_target is what matrices are solved for: give compensate: ridge, too")
         return self
 
     @model_validator(mode="after")
@@ -187,6 +205,7 @@ class RecoverSettings(Section):
     eval_every: int | None = Field(None, ge=1)
     save_every: int = Field(200, ge=1)
     gradient_checkpointing: bool = False
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
     @model_validator(mode="after")
     def _fits_the_mix(self) -> RecoverSettings:
@@ -253,152 +272,3 @@ class EvaluationSettings(Section):
         if given and not self.tasks:
             raise ValueError(f"{given[0]} is for tasks, and none are named (tasks, --tasks)")
         return self
-
-
-class Recipe(Section):
-    """A whole job: model, method, budget, recovery, evaluation; or model, adapter and data, where `tune` is given."""
-
-    model: ModelSettings
-    method: MethodSettings = MethodSettings()
-    prune: PruneSettings = PruneSettings()
-    recovery: RecoverSettings | None = None
-    tune: TuneSettings | None = None
-    evaluation: EvaluationSettings = EvaluationSettings()
-    benchmark: bool = False
-    seed: int = 42
-
-    @property
-    def recovers(self) -> bool:
-        """Whether recovery is a stage of its own, after the cut."""
-        return self.recovery is not None and not self.method.trains and self.tune is None
-
-    @model_validator(mode="after")
-    def _data_to_train_on(self) -> Recipe:
-        if self.method.trains and self.recovery is None:
-            raise ValueError(f"{self.method.name} prunes while it trains: give a recovery section (data, steps, ...)")
-        return self
-
-    @model_validator(mode="after")
-    def _adapter_to_tune(self) -> Recipe:
-        if self.tune is None:
-            return self
-        if self.recovery is not None and self.recovery.rank <= self.tune.target_rank:
-            raise ValueError(
-                f"tune prunes an adapter of rank {self.recovery.rank} to rank {self.tune.target_rank}: start from a "
-                "larger one (--init-rank, recovery.rank)"
-            )
-        if self.prune != PruneSettings(calibration=self.prune.calibration) or self.method != MethodSettings():
-            raise ValueError("tune prunes an adapter and leaves the model whole: leave out method and prune")
-        return self
-
-    @model_validator(mode="after")
-    def _packed_base(self) -> Recipe:
-        floats = self.tune is None and self.method.name != "loraprune"
-        if floats and (self.model.quantize or self.prune.quantize_output):
-            raise ValueError(
-                f"{self.method.name} cuts float weights: quantize and quantize_output are for methods that prune while "
-                "they train (loraprune); what was cut can be quantised as it is loaded (from_pretrained)"
-            )
-        return self
-
-
-def parse_recipe(data: Any, origin: str = "recipe") -> Recipe:
-    """Check a recipe.
-
-    Raises:
-        RecipeError: one line per problem, each with its place; unknown keys come with the nearest known one.
-    """
-    if not isinstance(data, Mapping):
-        raise RecipeError(f"{origin}: a recipe is a mapping of sections, this is {type(data).__name__}")
-    try:
-        return Recipe.model_validate(data)
-    except ValidationError as error:
-        lines = [f"{origin}: {_place(e['loc'])}: {_message(e)}" for e in error.errors()]
-        raise RecipeError("\n".join(lines)) from error
-
-
-def _place(location: Sequence[Any]) -> str:
-    return ".".join(str(part) for part in location) or "recipe"
-
-
-def _message(error: Mapping[str, Any]) -> str:
-    if error["type"] != "extra_forbidden":
-        return f"{error['msg']} (got {error['input']!r})"
-    known = _fields(error["loc"][:-1])
-    near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-    return "unknown key" + (f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}")
-
-
-def _fields(path: Sequence[Any]) -> list[str]:
-    """Names a section knows."""
-    section: Any = Recipe
-    for part in path:
-        annotation = section.model_fields[part].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        section = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(section.model_fields)
-
-
-def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, or one that ships with Secateur by name, with `key=value` overrides.
-
-    Raises:
-        RecipeError: the file cannot be read, an override is malformed, or the recipe does not follow the schema.
-    """
-    text = recipe_text(source)
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source}: not YAML: {error}") from error
-    if overrides and not isinstance(data, dict):
-        raise RecipeError(f"{source}: a recipe is a mapping of sections")
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"override {override!r}: write key=value, for example prune.param_sparsity=0.3")
-        target = data
-        *path, last = key.split(".")
-        for part in path:
-            target = target.setdefault(part, {})
-            if not isinstance(target, dict):
-                raise RecipeError(f"override {override!r}: {part} is no section")
-        try:
-            target[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override {override!r}: {value!r} is not a YAML value") from error
-    return parse_recipe(data, str(source))
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """YAML with every setting, defaults included."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def _recipes_folder() -> Path:
-    """The recipes inside the installed package, or at the repository's root in an editable install."""
-    installed = Path(__file__).parent / "recipes"
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
-
-
-def list_recipes() -> list[str]:
-    """Names of the recipes that ship with Secateur, such as `llm-pruner/llama-7b`."""
-    folder = _recipes_folder()
-    return sorted(str(f.relative_to(folder).with_suffix("")) for f in folder.rglob("*.yaml"))
-
-
-def recipe_text(source: str | Path) -> str:
-    """The text of a recipe file, or of a shipped recipe by name.
-
-    Raises:
-        RecipeError: there is neither.
-    """
-    shipped = _recipes_folder() / f"{source}.yaml"
-    file = Path(source) if Path(source).is_file() else shipped
-    if not file.is_file():
-        near = difflib.get_close_matches(str(source), list_recipes(), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else "; `secateur recipes ls` lists those that ship"
-        raise RecipeError(f"{source}: no such recipe{hint}")
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source}: cannot be read: {error}") from error
