@@ -7,8 +7,12 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+import json
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +29,38 @@ def nothing_known_from_earlier_runs(tmp_path_factory):
     patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     yield
     patch.undo()
+
+
+@pytest.fixture(scope="session")
+def warm_process():
+    """Runs `reload_process.py` in forks of a process that has imported what it imports (see `warm_process.py`)."""
+    command = [sys.executable, "-P", Path(__file__).with_name("warm_process.py")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+
+        def run(command: list[str], **how: bool) -> subprocess.CompletedProcess[str]:
+            _, flag, script, *arguments = command
+            if flag != "-P" or Path(script).name != "reload_process.py" or "trust" in arguments:
+                return subprocess.run(command, **how)
+            with tempfile.TemporaryDirectory() as folder:
+                streams = [str(Path(folder) / name) for name in ("out", "err")]
+                process.stdin.write(json.dumps({"command": [script, *arguments], "streams": streams}) + "\n")
+                process.stdin.flush()
+                code = int(process.stdout.readline())
+                out, err = (Path(name).read_text(encoding="utf-8") for name in streams)
+            return subprocess.CompletedProcess(command, code, out, err)
+
+        yield run
+        process.stdin.close()
+
+
+@pytest.fixture(autouse=True)
+def quick_reloads(request, monkeypatch, warm_process):
+    """Most tests need no new interpreter for every checkpoint that they write."""
+    if request.node.get_closest_marker("fresh_process") is None:
+        calls = SimpleNamespace(run=warm_process, CompletedProcess=subprocess.CompletedProcess)
+        monkeypatch.setattr("secateur.checkpoint.parity.subprocess", calls)
 
 
 WORDS = "the old man opened a door and saw his small garden under rain while birds sang of summer".split()  # noqa: SIM905

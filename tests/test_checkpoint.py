@@ -21,6 +21,8 @@ from secateur.checkpoint import folders, load, load_skeleton, output_folder, sav
 from secateur.errors import CheckpointError
 from secateur.plan import PruningPlan
 
+pytestmark = pytest.mark.fresh_process
+
 
 def test_load_and_skeleton(checkpoint_folder, trained):
     loaded = load(checkpoint_folder)
