@@ -17,12 +17,14 @@ from secateur.data import Corpus, calibration_tokens, load_corpus
 from secateur.errors import BudgetError, DataError, PlanError, StreamingError
 from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Random, Taylor
+from secateur.importance.summary import summary
 from secateur.methods import llm_pruner
 from secateur.pipeline.protecting import Protection, protection
 from secateur.pipeline.results import (
     Clock,
     Results,
-    add_perplexity,
+    add_macs,
+    add_stage,
     class_note,
     header,
     load_model,
@@ -98,7 +100,8 @@ def dense_results(
         protects.record(source, results)
     results |= {"params": {"dense": source.model.num_parameters()}, "perplexity": {}}
     clock.begin("evaluate_dense")
-    add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+    add_stage(results, "dense", source, source.model, recipe.evaluation)
+    add_macs(results, "dense", source.model)
     return results
 
 
@@ -113,7 +116,8 @@ def add_pruned(
     small = in_tier(small, recipe.prune.tier, source, results)
     results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
     clock.begin("evaluate_pruned")
-    add_perplexity(results, "pruned", source, small, recipe.evaluation)
+    add_stage(results, "pruned", source, small, recipe.evaluation)
+    add_macs(results, "pruned", small)
     clock.end()
     dense, pruned = results["params"]["dense"], small.num_parameters()
     results["params"] |= {"pruned": pruned, "sparsity": round(1 - pruned / dense, 6)}
@@ -148,6 +152,9 @@ def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bo
         results["perplexity"] = {}
         sparsity = round(1 - report.pruned / report.dense, 6)
         results["params"] = {"dense": report.dense, "pruned": report.pruned, "sparsity": sparsity}
+        results["widths"] = replayed.widths()
+        add_macs(results, "dense", report.source)
+        add_macs(results, "pruned", report.model)
         found = tiers(report.model, dense_layers=layers_of(report.source))
         written = "per-layer" if is_per_layer(report.model) else found[0].name
         results["tier"] = {"chosen": written, "tiers": [t.to_json() for t in found]}
@@ -178,12 +185,15 @@ def _cut(
     if isinstance(decides, PruningPlan):
         decides.check_checkpoint(source.sha256)
         clock.begin("cut")
+        results["widths"] = decides.widths()
         return slice(source.model, decides), _for(source, decides)
     batches = [calibration_batch(source, decides, recipe, results)]
     settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
     result = llm_pruner.run(source.model, batches, settings, clock.begin)
     results["kinds"] = result.plan.provenance["allocation"]["shares"]
     results["left_whole"] = dict(result.left_whole)
+    results["widths"] = result.plan.widths(tuple(result.groups))
+    results["importance"] = summary(tuple(result.groups), result.scores)
     return result.model, result.plan
 
 

@@ -20,7 +20,7 @@ from secateur.pipeline.pruning import add_pruned, dense_results
 from secateur.pipeline.results import (
     Clock,
     Results,
-    add_perplexity,
+    add_stage,
     load_model,
     write_checked,
 )
@@ -57,13 +57,15 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["masked_minus_cut"] = outcome.difference
         results["kinds"] = dict(outcome.shares)
         results["left_whole"] = dict(outcome.left_whole)
+        results["widths"] = outcome.plan.widths(outcome.groups)
+        results["importance"] = list(outcome.importance)
         plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
         pruning.save_adapter(folder / "adapter")
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")
         if how:
             small = quantised_copy(small, how)
-            add_perplexity(results, "quantised", source, small, recipe.evaluation)
+            add_stage(results, "quantised", source, small, recipe.evaluation)
         write_checked(small, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
     return results

@@ -17,7 +17,7 @@ from secateur.pipeline.adapting import train_adapters, training_corpora
 from secateur.pipeline.results import (
     Clock,
     Results,
-    add_perplexity,
+    add_stage,
     header,
     load_model,
     needs_tokenizer,
@@ -58,10 +58,10 @@ def tune(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool 
         results = header("tune", source, recipe) | {"method": "prunedlora", "perplexity": {}}
         results["protocol"]["settings"] = asdict(settings)
         clock.begin("evaluate_dense")
-        add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+        add_stage(results, "dense", source, source.model, recipe.evaluation)
         adapted = _trained(source, recipe, pruning, work, resume, clock, results)
         clock.begin("evaluate_tuned")
-        add_perplexity(results, "tuned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
+        add_stage(results, "tuned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")
         _write(adapted, folder, source, recipe, results, clock)
@@ -97,17 +97,17 @@ def prune_trained_adapter(
         )
         results["protocol"]["calibration"] = calibration.model_dump() | {"sha256": corpus.sha256, "events": events}
         clock.begin("evaluate_dense")
-        add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+        add_stage(results, "dense", source, source.model, recipe.evaluation)
         adapted = _loaded(source, adapter)
         _check_larger(adapted, settings)
         clock.begin("evaluate_adapted")
-        add_perplexity(results, "adapted", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
+        add_stage(results, "adapted", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         results["params"] = {"initial": adapted.num_parameters(only_trainable=True)}
         clock.begin("prune")
         batches = list(tokens.to(source.model.device).split(1))
         results["training"] = {"ranks": prune_adapter(adapted, batches, settings, events)}
         clock.begin("evaluate_pruned")
-        add_perplexity(results, "pruned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
+        add_stage(results, "pruned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         _write(adapted, folder, source, recipe, results, clock)
     return results
 
