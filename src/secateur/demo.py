@@ -17,15 +17,17 @@ SPARSITIES = (0.2, 0.5)
 
 
 def run_demo(output: Path, console: Console) -> dict[str, Any]:
-    """Prune and recover the bundled model at every sparsity of `SPARSITIES`; writes a run folder for each.
+    """Prune and recover the bundled model at every sparsity of `SPARSITIES`: a run folder for each, and a report.
 
     Returns:
         The rows of the table that is printed, also written to `output/demo.json`.
     """
     started = time.perf_counter()
     rows: list[dict[str, Any]] = []
+    folders = []
     for sparsity in SPARSITIES:
         folder = output / f"sparsity-{sparsity:.0%}".replace("%", "")
+        folders.append(folder)
         recipe = load_recipe("demo", [f"prune.param_sparsity={sparsity}"])
         console.print(f"[bold]{sparsity:.0%} of the parameters[/bold]")
         results = pipeline.run_recipe(recipe, folder, overwrite=True)
@@ -37,7 +39,8 @@ def run_demo(output: Path, console: Console) -> dict[str, Any]:
     _show(rows, results, console)
     told = {"schema": 1, "command": "demo", "rows": rows, "protocol": results["protocol"]}
     pipeline.write_json(output / "demo.json", told)
-    console.print(f"{time.perf_counter() - started:.0f} s; run folders in {output}")
+    page = pipeline.write_report(folders, output)
+    console.print(f"{time.perf_counter() - started:.0f} s; run folders in {output}; open {page} in a browser")
     return told
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from secateur.report.facts import NOT_MEASURED, timing_protocol
+from secateur.report.facts import NOT_MEASURED, timing_protocol, told_apart
 from secateur.report.reading import Run
 
 Verdict = Literal["yes", "no", "note"]
@@ -61,14 +61,17 @@ def _loaded(run: Run) -> Iterator[Check]:
     if results.parity and "max_logit_difference" in results.parity:
         where = "in a fresh process" if results.parity.get("process") == "fresh" else "in the same process"
         difference = results.parity["max_logit_difference"]
-        yield Check("yes", f"What was written was loaded again {where}: logits differ by {difference:.1e} at most.")
+        yield Check("yes", f"What was written was loaded again {where}: logits {_differ(difference)}.")
     elif results.parity_reason:
         yield Check("no", f"What was written was not checked by running it: {results.parity_reason}.")
     for step in run.since_cut:
         if step.masked_minus_cut is not None:
-            yield Check(
-                "yes", f"Cut and merged, the logits differ by {step.masked_minus_cut:.1e} from the masked model's."
-            )
+            differ = _differ(step.masked_minus_cut)
+            yield Check("yes", f"Cut and merged, compared with the masked model in training: logits {differ}.")
+
+
+def _differ(difference: float) -> str:
+    return f"differ by {difference:.1e} at most" if difference else "are the same"
 
 
 def _budget(run: Run) -> Iterator[Check]:
@@ -89,8 +92,7 @@ def _speed(run: Run) -> Iterator[Check]:
         yield Check("note", f"Speed: {NOT_MEASURED}. MACs are counted, and do not say how fast a machine is.")
         return
     for phase, name in (("prefill_s", "prefill"), ("decode_s", "decoding")):
-        small, dense = getattr(timed.model, phase), getattr(timed.against, phase)
-        apart = small.q3 < dense.q1 or dense.q3 < small.q1
+        apart = told_apart(timed, phase)
         told = "do not overlap" if apart else "overlap, so the difference may be noise"
         yield Check("yes" if apart else "no", f"Speed of {name}: the quartiles of the two models {told}.")
     yield Check("note", f"{timing_protocol(timed)}. Other machines, lengths and batches give other ratios.")

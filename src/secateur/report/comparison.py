@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from secateur.report.facts import NOT_MEASURED, saved_macs
-from secateur.report.figures import Picture, legend, new_figure, styles
+from secateur.report.figures import Picture, legend, new_figure, plain_log, styles
 from secateur.report.reading import Run
 from secateur.report.schema import Text
 from secateur.report.svg import styled
@@ -199,7 +199,7 @@ def _curves(name: str, same: Sequence[tuple[Run, Text]]) -> Iterator[Picture]:
     if max(max(v) for s in points.values() for at in s.values() for v in at.values()) > 10 * min(
         [*dense, float("inf")]
     ):
-        axes.set_yscale("log")
+        plain_log(axes)
     legend(figure, axes, columns=1)
     text = same[0][1]
     told = (

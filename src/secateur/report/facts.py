@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from secateur.evaluation.picture import NAMES
 from secateur.report.reading import Run
 from secateur.report.schema import Benchmark, Text
 
@@ -48,6 +49,22 @@ def title(run: Run) -> str:
     return f"{model}: {run.results.command}{f' by {run.method}' if run.method != run.results.command else ''}"
 
 
+def summary(run: Run) -> str:
+    """What was done, in a sentence or two: what went of each kind, by which method, and what was trained."""
+    went = " and ".join(f"{s.removed:,} of {s.units:,} {kind_name(kind)}" for kind, s in run.kinds.items() if s.removed)
+    told = []
+    if run.sparsity is not None:
+        told.append(f"{went or 'Units'} were removed from {Path(run.cuts[-1].model.source).name} by {run.method}.")
+    for name, training in run.trainings.items():
+        done = training.settings
+        length = f"{done['steps']:,} steps" if done.get("steps") else f"{done.get('epochs')} epochs"
+        data = ", ".join(Path(source.source).name for source in training.data)
+        what = "Then it was recovered" if name == "recovery" else "Adapters were trained meanwhile"
+        what = what if run.cuts or name == "recovery" else "An adapter was trained and pruned"
+        told.append(f"{what} with LoRA of rank {done.get('rank')}: {length} on {data}.")
+    return " ".join(told)
+
+
 def headlines(run: Run) -> list[Headline]:
     """Smaller by, faster by, worse by."""
     return [smaller(run), faster(run), worse(run)]
@@ -79,13 +96,21 @@ def faster(run: Run) -> Headline:
         counted = f"; {macs}" if macs else ""
         return Headline(question, NOT_MEASURED, f"speed was not timed in this run{counted}", "missing")
     prefill, decode = (1 / timed.ratios[f"{phase}_s"] - 1 for phase in ("prefill", "decode"))
-    detail = f"tokens per second of prefill; decoding {percent(decode)}. {timing_protocol(timed)}."
+    sure = told_apart(timed, "prefill_s")
+    noise = "" if sure else "This may be noise: the quartiles of the two models overlap. "
+    detail = f"tokens per second of prefill; decoding {percent(decode)}. {noise}{timing_protocol(timed)}."
+    tone: Tone = ("good" if prefill > 0 else "bad") if sure else "plain"
     return Headline(
-        question if prefill > 0 else "Slower by",
-        f"{abs(prefill):.1%}",
-        f"{detail} {macs}" if macs else detail,
-        "good" if prefill > 0 else "bad",
+        question if prefill > 0 else "Slower by", f"{abs(prefill):.1%}", f"{detail} {macs}." if macs else detail, tone
     )
+
+
+def told_apart(timed: Benchmark, phase: str) -> bool:
+    """Whether the quartiles of the two models' timings do not overlap; `phase` is `prefill_s` or `decode_s`."""
+    if timed.against is None:
+        return False
+    small, dense = getattr(timed.model, phase), getattr(timed.against, phase)
+    return bool(small.q3 < dense.q1 or dense.q3 < small.q1)
 
 
 def saved_macs(run: Run) -> str:
@@ -218,6 +243,11 @@ def _row(name: str, stages: list[str], values: dict[str, Any], form: str, how: s
 
 def _with_error(value: float, error: float | None) -> str:
     return f"{value:.3f}" if error is None else f"{value:.3f} ± {error:.3f}"
+
+
+def kind_name(kind: str) -> str:
+    """What people call a kind of unit."""
+    return NAMES.get(kind, kind.replace("_", " ") + "s")
 
 
 def percent(change: float) -> str:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from secateur.evaluation import Knowledge
-from secateur.evaluation.picture import NAMES, draw_family, families_of, key_of_lines
+from secateur.evaluation.picture import draw_family, families_of, key_of_lines
 from secateur.plan import parse_ranges
 from secateur.recovery.picture import MARKERS, draw_distances, draw_shares
 from secateur.recovery.rank_picture import draw_modules, draw_rank
+from secateur.report.facts import kind_name
 from secateur.report.reading import Run
 from secateur.report.schema import Importance, Training, Width
 from secateur.report.svg import SERIES, WIDTH, styled
@@ -68,9 +69,15 @@ def whole_numbers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
-def kind_name(kind: str) -> str:
-    """What people call a kind of unit."""
-    return NAMES.get(kind, kind.replace("_", " "))
+def plain_log(axes: Axes) -> None:
+    """A logarithmic vertical axis whose numbers are plain text."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_yscale("log")
+    plain = FuncFormatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_major_formatter(plain)
+    low, high = axes.get_ylim()
+    axes.yaxis.set_minor_formatter(plain if high < 10 * low else "")
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -150,7 +157,7 @@ def _importance(run: Run) -> Iterator[Picture]:
         axes.fill_between(layers, [r.q1 for r in rows], [r.q3 for r in rows], color=colour, alpha=0.25, linewidth=0)
         axes.plot(layers, [r.median for r in rows], **style)
         if all(row.q1 > 0 for row in rows):
-            axes.set_yscale("log")
+            plain_log(axes)
         axes.set(title=name, ylabel="score")
         whole_numbers(axes)
     panels[-1].set_xlabel("layer")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from secateur.report.checks import checks
 from secateur.report.comparison import Comparison, compare, comparison_table
-from secateur.report.facts import headlines, table, title
+from secateur.report.facts import headlines, summary, table, title
 from secateur.report.reading import Run
 from secateur.report.repeating import repeating
 
@@ -53,6 +53,7 @@ def comparison_markdown(found: Comparison) -> list[str]:
 
 def _run(run: Run, head: str) -> list[str]:
     lines = [f"{head} {plain(title(run))}", ""]
+    lines += [plain(told), ""] if (told := summary(run)) else []
     lines += [f"- **{h.question}: {h.figure}.** {plain(h.detail)}" for h in headlines(run)] + [""]
     stages, rows = table(run)
     if rows:

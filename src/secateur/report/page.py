@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from secateur.report.checks import Check, checks
 from secateur.report.comparison import compare, comparison_pictures, comparison_table
-from secateur.report.facts import Headline, Row, headlines, table, title
-from secateur.report.figures import Picture, kind_name, pictures
+from secateur.report.facts import Headline, Row, headlines, kind_name, summary, table, title
+from secateur.report.figures import Picture, pictures
 from secateur.report.reading import Run
 from secateur.report.repeating import Repeat, repeating
 from secateur.report.schema import Samples
@@ -38,6 +38,7 @@ class Section:
     id: str
     name: str
     title: str
+    summary: str
     headlines: list[Headline]
     checks: list[Check]
     stages: list[str]
@@ -79,6 +80,7 @@ def _section(name: str, run: Run) -> Section:
         id=name,
         name=run.name,
         title=title(run),
+        summary=summary(run),
         headlines=headlines(run),
         checks=checks(run),
         stages=stages,
