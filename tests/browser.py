@@ -20,6 +20,25 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--hide-scrollbars", "--remote-debugging-port=0",
 )  # fmt: skip
 
+# Every element that shows text of its own, with the contrast of that text (WCAG 2.2) against what lies behind it.
+CONTRASTS = """(() => {
+  const parse = c => { const m = c.match(/[\\d.]+/g).map(Number); return m.length < 4 ? [...m, 1] : m; };
+  const light = c => { const f = c.slice(0, 3).map(v => { v /= 255; return v <= 0.04045 ? v / 12.92
+    : ((v + 0.055) / 1.055) ** 2.4; }); return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
+  const behind = e => { for (; e; e = e.parentElement) { const c = parse(getComputedStyle(e).backgroundColor);
+    if (c[3] === 1) return c; } return [255, 255, 255, 1]; };
+  const found = [];
+  for (const e of document.querySelectorAll('body *')) {
+    const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    const svg = e.namespaceURI.endsWith('svg');
+    if (!own || ['STYLE', 'title', 'desc'].includes(e.tagName)) continue;
+    const style = getComputedStyle(e), front = parse(svg ? style.fill : style.color), back = behind(e);
+    const [a, b] = [light(front), light(back)].sort((x, y) => y - x);
+    found.push([(a + 0.05) / (b + 0.05), e.tagName, e.textContent.trim().slice(0, 40)]);
+  }
+  return found;
+})()"""
+
 
 class Browser:
     """A browser with one page; use it as a context.
@@ -104,6 +123,10 @@ class Browser:
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
+
+    def contrasts(self) -> list[tuple[float, str, str]]:
+        """The contrast of every text with what lies behind it, its tag, and how it begins."""
+        return [tuple(row) for row in self.run(CONTRASTS)]
 
     def press(self, key: str) -> None:
         """A key, pressed and let go."""

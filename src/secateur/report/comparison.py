@@ -26,7 +26,7 @@ class Line:
         method: the method's name.
         sparsity: share of all parameters removed; None if none were.
         seed: of the run.
-        parameters: left.
+        parameters: of the model that is left; None if none was cut.
         perplexity: text -> stage -> perplexity.
         tasks_average: of the last stage.
         prefill_speedup, decode_speedup: tokens per second over the dense model's, timed in turn with it.
@@ -89,22 +89,22 @@ class Comparison:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Set runs side by side."""
-    return Comparison(tuple(map(_line, runs)), tuple(_means(runs)), tuple(_warnings(runs)))
+    """Set runs side by side; a knowledge distribution is no run of a method, and left out."""
+    methods = [run for run in runs if run.results.knowledge is None]
+    return Comparison(tuple(map(_line, methods)), tuple(_means(methods)), tuple(_warnings(methods)))
 
 
 def _line(run: Run) -> Line:
     results, stages = run.results, (*run.stages, "value")
     timed = results.benchmark.ratios if results.benchmark else None
     average = results.tasks_average.get(run.last_stage or "", results.tasks_average)
-    left = run.cuts[-1].params["pruned"] if run.cuts else results.params.get("final")
     return Line(
         run=run.name,
         model=run.steps[0].model.source,
         method=run.method,
         sparsity=run.sparsity,
         seed=results.protocol.seed,
-        parameters=None if left is None else int(left),
+        parameters=int(run.cuts[-1].params["pruned"]) if run.cuts else None,
         perplexity={
             name: {stage: value for stage in stages if (value := text.at(stage)) is not None}
             for name, text in run.texts.items()

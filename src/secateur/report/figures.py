@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from secateur.evaluation import Knowledge
@@ -203,7 +204,8 @@ def _losses(run: Run) -> Iterator[Picture]:
             axes.step(steps, [0, *(100 * row["sparsity"] for row in history)], where="post", color=SERIES[0])
             axes.set(xlabel="optimizer steps", ylabel="parameters masked [%]", ylim=(0, None))
             whole_numbers(axes)
-            told = f"Units went in {len(history)} steps while the adapters trained."
+            times = sum(a["sparsity"] < b["sparsity"] for a, b in pairwise([{"sparsity": 0.0}, *history]))
+            told = f"Units went {times} times while the adapters trained."
             yield Picture("sparsity", "Sparsity over the steps of training", told, figure)
 
 
@@ -225,6 +227,8 @@ def _mix(run: Run) -> Iterator[Picture]:
         ):
             figure, (axes,) = new_figure()
             draw(axes, mix)
+            if key == "distances" and "dense" in axes.get_ylabel():
+                axes.set_ylabel("loss above dense [%]")
             legend(figure, axes)
             yield Picture(f"mix-{key}-{name}", title, caption, figure)
 

@@ -67,7 +67,7 @@ def page(runs: Sequence[Run]) -> str:
         head=head,
         rows=rows,
         curves=_figures("compared", comparison_pictures(runs)) if compared else [],
-        outlines=[(f"run-{n}", run.name, headlines(run)) for n, run in enumerate(runs, 1)] if compared else [],
+        outlines=[(run.name, headlines(run)) for run in runs if run.results.knowledge is None],
         sections=[_section(f"run-{n}", run) for n, run in enumerate(detailed, 1)],
         left_out=len(runs) - len(detailed),
         version=runs[0].results.protocol.versions.get("secateur"),

@@ -205,7 +205,7 @@ def _read(file: Path) -> Results:
     if not isinstance(data, dict) or "schema" not in data or "command" not in data:
         raise ReportError(f"{file} is no results file: it lacks `schema` and `command`; {WANTED}")
     if data["schema"] != SCHEMA:
-        raise ReportError(f"{file} has results schema {data['schema']!r}; this version of Secateur reads {SCHEMA}")
+        raise ReportError(f"{file} has results schema {data['schema']!r}; expected {SCHEMA}, which this version reads")
     try:
         return Results.model_validate(data)
     except ValidationError as error:

@@ -81,7 +81,7 @@ def to_svg(figure: Figure, name: str, title: str, description: str) -> Markup:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().decode()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'\b(id=")([^"]+)"', rf'\1{name}-\2"', text)
     text = re.sub(r'(href="#|url\(#)', rf"\1{name}-", text)
     text = re.sub(r"#[0-9a-fA-F]{6}\b(?=[;\"])", lambda found: _variable(found.group().lower()), text)
