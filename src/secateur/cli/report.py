@@ -62,8 +62,9 @@ def compare(runs: Runs, png: Png = None, markdown: Markdown = None, json: Json =
     head, rows = reports.comparison_table(compared)
     table = Table(*(Column(name, overflow="fold") for name in head))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*("-" if cell == reports.NOT_MEASURED else cell for cell in row))
     out.print(table)
+    out.print("-: not measured; prefill and decoding: tokens per second over the dense model's", soft_wrap=True)
     for mean in compared.means:
         out.print(
             f"{mean.method}, {mean.sparsity:.1%} removed, {mean.text}, {mean.stage}: {mean.mean:.2f} ± "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from secateur.errors import ReportError, first_line
 from secateur.report.comparison import Comparison, compare, comparison_pictures, comparison_table
+from secateur.report.facts import NOT_MEASURED
 from secateur.report.figures import Picture, pictures
 from secateur.report.markdown import comparison_markdown, markdown
 from secateur.report.page import page
@@ -14,8 +15,8 @@ from secateur.report.reading import Run, read_runs
 from secateur.report.svg import to_png
 
 __all__ = [
-    "Comparison", "Picture", "Run", "compare", "comparison_markdown", "comparison_pictures", "comparison_table",
-    "drawn", "markdown", "page", "read_runs", "write_pngs", "write_text",
+    "NOT_MEASURED", "Comparison", "Picture", "Run", "compare", "comparison_markdown", "comparison_pictures",
+    "comparison_table", "drawn", "markdown", "page", "read_runs", "write_pngs", "write_text",
 ]  # fmt: skip
 
 PAGE = "report.html"

@@ -28,6 +28,14 @@ def checks(run: Run) -> list[Check]:
     return sorted(found, key=lambda check: order[check.verdict])
 
 
+def verdict(run: Run) -> str:
+    """How many checks speak for the figures of a run and how many against, in a few words."""
+    found = [check.verdict for check in checks(run)]
+    against = found.count("no")
+    what = "nothing to take care of" if not against else f"{against} to take care of"
+    return f"{found.count('yes')} checks passed, {what}"
+
+
 def _baseline(run: Run) -> Iterator[Check]:
     if not run.texts and run.results.knowledge is None:
         yield Check("no", "No perplexity was measured, so what the cut cost is not known.")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from secateur.report.checks import Check, checks
+from secateur.report.checks import Check, checks, verdict
 from secateur.report.comparison import compare, comparison_pictures, comparison_table
 from secateur.report.facts import Headline, Row, headlines, kind_name, summary, table, title
 from secateur.report.figures import Picture, pictures
@@ -67,7 +67,9 @@ def page(runs: Sequence[Run]) -> str:
         head=head,
         rows=rows,
         curves=_figures("compared", comparison_pictures(runs)) if compared else [],
-        outlines=[(run.name, headlines(run)) for run in runs if run.results.knowledge is None],
+        outlines=[
+            (run.name, summary(run), headlines(run), verdict(run)) for run in runs if run.results.knowledge is None
+        ],
         sections=[_section(f"run-{n}", run) for n, run in enumerate(detailed, 1)],
         left_out=len(runs) - len(detailed),
         version=runs[0].results.protocol.versions.get("secateur"),
