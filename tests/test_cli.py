@@ -292,7 +292,7 @@ def test_bad_models(secateur, checkpoint_folder, tmp_path, what):
 def test_a_calibration_text_that_cannot_be_had_is_told_before_anything_is_measured(
     secateur, checkpoint_folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("secateur.pipeline.pruning.add_perplexity", None)
+    monkeypatch.setattr("secateur.pipeline.pruning.add_stage", None)
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", "0.2")
     assert code == 2 and "bookcorpus" in err and "--calibration FILE" in err and not list(tmp_path.iterdir())
 

@@ -57,7 +57,7 @@ def test_what_is_wrong_with_the_input_is_told_before_anything_is_measured(
     method, options, words = TOLD_FIRST[wrong]
     short = tmp_path / "short.txt"
     short.write_text("short")
-    monkeypatch.setattr(adapting, "add_perplexity", None)  # a call would be an internal error
+    monkeypatch.setattr(adapting, "add_stage", None)  # a call would be an internal error
     code, _, err = prune("--text", text_file, *[short if o == "SHORT" else o for o in options], method=method)
     assert code == 2 and words in " ".join(err.split()), err
     assert [path.name for path in tmp_path.iterdir()] == ["short.txt"]

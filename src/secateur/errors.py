@@ -49,6 +49,10 @@ class EvaluationError(SecateurError):
     """Tasks that are not known, cannot be run here, or whose answers so far belong to another model."""
 
 
+class ReportError(SecateurError):
+    """Results that cannot be read or do not follow their schema, or a report that cannot be written."""
+
+
 class NonFiniteError(SecateurError):
     """A loss or score that is NaN or infinite; names the parameter."""
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from secateur.errors import PlanError
-from secateur.groups import Groups
+from secateur.groups import Group, Groups
 
 SCHEMA = 1
+KIND_IN_NAME = re.compile(r"^.*/|-\d+$")  # all of a group's name but its kind
 
 
 def format_ranges(units: tuple[int, ...]) -> str:
@@ -59,6 +60,31 @@ class PruningPlan:
         """The units of group `name` that go."""
         kept = set(self.kept[name])
         return tuple(u for u in range(self.units[name]) if u not in kept)
+
+    def widths(self, whole: Sequence[Group] = ()) -> list[dict[str, Any]]:
+        """A row for each group: `group`, `kind`, `layer` (None if it spans layers), `units` before and `kept`.
+
+        Of layers and sublayers `which` says in addition which ones stay, as ranges (`"0-2,5"`).
+
+        Args:
+            whole: groups that could have been cut; those that the plan does not name keep all of their units.
+        """
+        names = dict.fromkeys([*(g.name for g in whole), *self.kept])
+        units = {g.name: g.units for g in whole} | dict(self.units)
+        rows = []
+        for name in names:
+            kept = self.kept.get(name, tuple(range(units[name])))
+            group = Group(name, KIND_IN_NAME.sub("", name), units[name])
+            row: dict[str, Any] = {
+                "group": name,
+                "kind": group.kind,
+                "layer": group.layer,
+                "units": units[name],
+                "kept": len(kept),
+            }
+            which = {"which": format_ranges(kept)} if group.kind in ("layer", "sublayer") else {}
+            rows.append(row | which)
+        return rows
 
     def check(self, groups: Groups) -> None:
         """Make sure that the plan belongs to the model these groups were discovered on.

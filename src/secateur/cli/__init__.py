@@ -15,6 +15,7 @@ from secateur.cli.common import out
 from secateur.cli.evaluate import eval_
 from secateur.cli.inspect import bench, groups
 from secateur.cli.recipes import demo, recipes_app, run
+from secateur.cli.report import compare, report
 from secateur.cli.ship import export
 from secateur.errors import SecateurError
 
@@ -46,6 +47,8 @@ app.command(name="eval")(eval_)
 app.command()(bench)
 app.command()(export)
 app.command()(run)
+app.command()(report)
+app.command()(compare)
 app.add_typer(recipes_app, name="recipes")
 app.command()(demo)
 

@@ -23,6 +23,7 @@ from secateur.cli.common import (
     out,
     print_perplexity,
     recipe_of,
+    told_where,
 )
 
 # What `prune` takes for an adapter.
@@ -126,7 +127,7 @@ def tune(
         seed,
     )
     print_adapter(pipeline.tune(recipe, output, resume=resume, overwrite=overwrite))
-    out.print(f"written to {output}")
+    told_where(output)
 
 
 def prune_adapter(given: dict[str, Any]) -> None:
@@ -170,7 +171,7 @@ def prune_adapter(given: dict[str, Any]) -> None:
     )
     output, events = flags["output"], flags["iterations"] or 8
     print_adapter(pipeline.prune_trained_adapter(recipe, folder, output, events=events, overwrite=flags["overwrite"]))
-    out.print(f"written to {output}")
+    told_where(output)
 
 
 def print_adapter(results: dict[str, Any]) -> None:

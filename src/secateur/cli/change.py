@@ -21,9 +21,9 @@ from secateur.cli.common import (
     Text,
     Trust,
     no_use,
-    out,
     print_results,
     recipe_of,
+    told_where,
 )
 
 
@@ -201,7 +201,7 @@ def prune(
         job = pipeline.prune_and_recover if recipe.recovery is not None else pipeline.prune
         results = job(recipe, output, plan=plan, overwrite=overwrite)
     print_results(results)
-    out.print(f"written to {output}")
+    told_where(output)
 
 
 def _budget(sparsity: float | None, kinds: str | None, plan: Path | None) -> dict[str, Any]:
@@ -325,4 +325,4 @@ def recover(
         seed,
     )
     print_results(pipeline.recover_checkpoint(recipe, model, output, resume=resume, overwrite=overwrite))
-    out.print(f"written to {output}")
+    told_where(output)

@@ -50,6 +50,11 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {k: _given(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 
+def told_where(output: Path) -> None:
+    """Say where the result lies, and what makes a page of it."""
+    out.print(f"written to {output}; `secateur report {output}` makes a page of it", soft_wrap=True)
+
+
 def no_use(method: str, options: dict[str, Any]) -> None:
     """Refuse options that the method has no use for.
 

@@ -43,7 +43,7 @@ def run(
     results = pipeline.run_recipe(loaded, output, resume=resume, overwrite=overwrite)
     (print_results if loaded.tune is None else print_adapter)(results)
     print_tasks(results)
-    out.print(f"run folder: {output}")
+    out.print(f"run folder: {output}; open {output / 'report.html'} in a browser", soft_wrap=True)
 
 
 @recipes_app.command("ls")

@@ -11,6 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from secateur.errors import EvaluationError
 from secateur.groups import OFFERED_KINDS
 
+# Beginnings that every evaluated stage of a run continues, for readers of its report.
+PROMPTS = ("The old man opened the door and", "In the morning she went to", "Water is made of")
+
 
 def _known_kind(name: str) -> str:
     if name not in OFFERED_KINDS:
@@ -251,10 +254,12 @@ class EvaluationSettings(Section):
     """Texts to measure perplexity on, in windows of 128 as the papers do or 2048 as later work; tasks of lm-eval.
 
     The items of tasks come from the folder `task_data`, or from the hub; `limit` takes the first ones of each. `shots`
-    examples stand in front of an item, as many as the task's definition says if not given.
+    examples stand in front of an item, as many as the task's definition says if not given. Where texts are
+    measured, the model also continues the `prompts`, greedily.
     """
 
     texts: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = PROMPTS
     field: str | None = None
     seq_len: tuple[int, ...] = (128,)
     stride: int | None = Field(None, ge=1)

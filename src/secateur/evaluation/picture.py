@@ -52,20 +52,18 @@ def draw(knowledge: Knowledge, path: Path, title: str, protected: Collection[str
     check_picture(path)
     from matplotlib.figure import Figure
 
-    families: dict[str, list[Trial]] = {}
-    for trial in knowledge.trials:
-        families.setdefault(Group(trial.group, trial.kind, trial.units).family, []).append(trial)
+    families = families_of(knowledge)
     columns = min(COLUMNS, len(families))
     rows = -(-len(families) // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows + 0.9), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
     for panel, (family, trials) in zip(panels, families.items(), strict=False):
-        _panel(panel, knowledge, family, trials, protected)
+        draw_family(panel, knowledge, family, trials, protected)
     for panel in panels[len(families) :]:
         panel.remove()
     for panel in panels[: len(families) : columns]:
         panel.set_ylabel("perplexity above dense [%]")
-    handles = _key(knowledge, protected)
+    handles = key_of_lines(knowledge, protected)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     dense = knowledge.dense
     below = f"{dense.text}, {dense.tokens:,} tokens in windows of {dense.seq_len}; dense perplexity {dense.value:.2f}"
@@ -75,7 +73,17 @@ def draw(knowledge: Knowledge, path: Path, title: str, protected: Collection[str
     temporary.replace(path)
 
 
-def _panel(panel: Axes, knowledge: Knowledge, family: str, trials: list[Trial], protected: Collection[str]) -> None:
+def families_of(knowledge: Knowledge) -> dict[str, list[Trial]]:
+    """The trials of each family of groups, in the order of the model."""
+    families: dict[str, list[Trial]] = {}
+    for trial in knowledge.trials:
+        families.setdefault(Group(trial.group, trial.kind, trial.units).family, []).append(trial)
+    return families
+
+
+def draw_family(
+    panel: Axes, knowledge: Knowledge, family: str, trials: list[Trial], protected: Collection[str]
+) -> None:
     """One family: a line for each ratio over the layers."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -114,7 +122,7 @@ def _styles(knowledge: Knowledge) -> list[tuple[float, str, str]]:
     return list(zip(ratios, cycle(COLOURS), cycle(MARKERS), strict=False))
 
 
-def _key(knowledge: Knowledge, protected: Collection[str]) -> list[Any]:
+def key_of_lines(knowledge: Knowledge, protected: Collection[str]) -> list[Any]:
     """What lines and rings mean."""
     from matplotlib.lines import Line2D
 

@@ -98,8 +98,8 @@ class PruneResult:
     Attributes:
         model: the smaller model.
         plan: units kept.
-        groups: all groups of the original.
-        scores: importance per group at the last iteration [units].
+        groups: those of the original that could lose units.
+        scores: importance per group in the whole model, at the first iteration [units].
         left_whole: family -> why it was not pruned although its kind was to be.
         compensated: the matrices that make up for what went.
     """
@@ -134,10 +134,11 @@ def run(
     candidates, left_whole = select(model, groups, kinds, can, named=named, uniform=settings.uniform)
 
     plan = PruningPlan({}, {})
-    scores: dict[str, torch.Tensor] = {}
+    first: dict[str, torch.Tensor] = {}
     for step in range(1, settings.iterations + 1):
         on_step("score")
         scores = importance(model, groups, candidates, batches, settings, plan)
+        first = first or scores
         on_step("allocate")
         plan = allocate(
             candidates,
@@ -156,7 +157,7 @@ def run(
             multiples=can.multiples,
         )
     small, done = cut(model, plan, batches, settings.compensation, groups, on_step)
-    return PruneResult(small, plan, groups, scores, left_whole, done)
+    return PruneResult(small, plan, candidates, first, left_whole, done)
 
 
 def cut(

@@ -4,7 +4,7 @@ from secateur.pipeline.analysing import analyze
 from secateur.pipeline.auditing import audit
 from secateur.pipeline.measuring import benchmark, evaluate, with_adapter
 from secateur.pipeline.pruning import prune
-from secateur.pipeline.recipes import run_recipe
+from secateur.pipeline.recipes import run_recipe, write_report
 from secateur.pipeline.recovering import prune_and_recover, recover_checkpoint
 from secateur.pipeline.results import PACKAGES, load_model, write_json
 from secateur.pipeline.shipping import export
@@ -32,4 +32,5 @@ __all__ = [
     "tune",
     "with_adapter",
     "write_json",
+    "write_report",
 ]

@@ -12,7 +12,7 @@ from secateur.config import Recipe
 from secateur.data import Corpus, load_corpus
 from secateur.pipeline.dense import dense_of
 from secateur.pipeline.recovering import recovery_settings
-from secateur.pipeline.results import Clock, Results, add_perplexity, needs_tokenizer, values
+from secateur.pipeline.results import Clock, Results, add_stage, needs_tokenizer, values
 from secateur.recovery import (
     RecoverySettings,
     TrainingData,
@@ -94,7 +94,7 @@ def measure_dense(training: Training, recipe: Recipe, results: Results, clock: C
     """Perplexities of the model as if there were no adapters."""
     clock.begin("evaluate_dense")
     with training.adapted.disable_adapter():
-        add_perplexity(results, "dense", training.source, training.source.model, recipe.evaluation)
+        add_stage(results, "dense", training.source, training.source.model, recipe.evaluation)
 
 
 def train_adapters(training: Training, recipe: Recipe, results: Results, clock: Clock) -> PeftModel:

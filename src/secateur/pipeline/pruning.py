@@ -20,13 +20,15 @@ from secateur.data import Corpus, calibration_tokens, load_corpus
 from secateur.errors import BudgetError, DataError, PlanError, StreamingError
 from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Gate, Random, Taylor
+from secateur.importance.summary import summary
 from secateur.methods import llm_pruner
 from secateur.pipeline.protecting import Protection, protection
 from secateur.pipeline.reporting import check_reporting
 from secateur.pipeline.results import (
     Clock,
     Results,
-    add_perplexity,
+    add_macs,
+    add_stage,
     class_note,
     header,
     load_model,
@@ -100,7 +102,8 @@ def dense_results(
     """
     results = begun(source, recipe, plan, protects)
     clock.begin("evaluate_dense")
-    add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+    add_stage(results, "dense", source, source.model, recipe.evaluation)
+    add_macs(results, "dense", source.model)
     return results
 
 
@@ -125,7 +128,8 @@ def add_pruned(
     small = in_tier(small, recipe.prune.tier, source, results)
     results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
     clock.begin("evaluate_pruned")
-    add_perplexity(results, "pruned", source, small, recipe.evaluation)
+    add_stage(results, "pruned", source, small, recipe.evaluation)
+    add_macs(results, "pruned", small)
     clock.end()
     dense, pruned = results["params"]["dense"], small.num_parameters()
     results["params"] |= {"pruned": pruned, "sparsity": round(1 - pruned / dense, 6)}
@@ -161,6 +165,9 @@ def _stream(recipe: Recipe, place: Path, output: Path, plan: Path, overwrite: bo
         results["perplexity"] = {}
         sparsity = round(1 - report.pruned / report.dense, 6)
         results["params"] = {"dense": report.dense, "pruned": report.pruned, "sparsity": sparsity}
+        results["widths"] = replayed.widths()
+        add_macs(results, "dense", report.source)
+        add_macs(results, "pruned", report.model)
         found = tiers(report.model, dense_layers=layers_of(report.source))
         written = "per-layer" if is_per_layer(report.model) else found[0].name
         results["tier"] = {"chosen": written, "tiers": [t.to_json() for t in found]}
@@ -194,12 +201,14 @@ def _cut(
     if replayed is not None:
         replayed.check_checkpoint(source.sha256)
         small, done = llm_pruner.cut(source.model, replayed, batches, settings.compensation, on_step=clock.begin)
-        results |= _compensation(done)
+        results |= _compensation(done) | {"widths": replayed.widths()}
         return small, _for(source, replayed)
     result = llm_pruner.run(source.model, batches, settings, clock.begin)
     results |= _compensation(result.compensated)
     results["kinds"] = result.plan.provenance["allocation"]["shares"]
     results["left_whole"] = dict(result.left_whole)
+    results["widths"] = result.plan.widths(tuple(result.groups))
+    results["importance"] = summary(tuple(result.groups), result.scores)
     return result.model, result.plan
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from secateur import report
 from secateur.benchmark import bench
 from secateur.config import Recipe, dump_recipe
 from secateur.errors import CheckpointError, RecipeError, SecateurError
@@ -22,7 +23,8 @@ from secateur.pipeline.tuning import tune
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
-    """Run a recipe from start to end into a run folder: `pruned/`, `recovered/`, `recipe.yaml`, `results.json`.
+    """Run a recipe from start to end into a run folder: `pruned/`, `recovered/`, `recipe.yaml`, `results.json`,
+    `report.html`.
 
     A recipe with a `tune` section makes `adapter/` instead of the first two. Where tasks are to be measured, `tasks/`
     holds the scores of each stage. With `resume`, stages whose folder is complete are not repeated, training goes on
@@ -34,9 +36,21 @@ def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite:
     prepared = prepared_tasks(recipe.evaluation)
     with _open_run(recipe, output, resume, overwrite):
         results = _tuned(recipe, output, prepared, resume) if recipe.tune else _run(recipe, output, prepared, resume)
-        results["command"] = "run"
+        results |= {"command": "run", "recipe": recipe.model_dump(mode="json")}
         write_json(output / "results.json", results)
+    write_report([output], output)
     return results
+
+
+def write_report(runs: Sequence[Path], folder: Path) -> Path:
+    """Write the report of run folders into a folder, from their results.
+
+    Raises:
+        ReportError: the results do not follow their schema, or the report cannot be written.
+    """
+    file = folder / report.PAGE
+    report.write_text(file, report.page(report.read_runs(runs)))
+    return file
 
 
 def _tuned(recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: bool) -> Results:

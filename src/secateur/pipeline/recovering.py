@@ -17,7 +17,7 @@ from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
     Clock,
     Results,
-    add_perplexity,
+    add_stage,
     header,
     load_model,
     needs_tokenizer,
@@ -55,7 +55,7 @@ def recover_checkpoint(
         data = training_data(corpora, needs_tokenizer(source), recovery_settings(settings, recipe.seed))
         dense = dense_of(recipe, source)
         clock.begin("evaluate_pruned")
-        add_perplexity(results, "pruned", source, source.model, recipe.evaluation)
+        add_stage(results, "pruned", source, source.model, recipe.evaluation)
         clock.begin("recover")
         outcome = recover(
             source.model,
@@ -68,7 +68,7 @@ def recover_checkpoint(
             resume=resume,
         )
         clock.begin("evaluate_recovered")
-        add_perplexity(results, "recovered", source, outcome.model, recipe.evaluation)
+        add_stage(results, "recovered", source, outcome.model, recipe.evaluation)
         clock.end()
         results["params"] = {"recovered": outcome.model.num_parameters()}
         results["recovery"] = _account(recipe, corpora, outcome, dense)
@@ -123,9 +123,13 @@ def joined(pruned: Results, recovered: Results) -> Results:
     for name, figures in recovered["perplexity"].items():
         perplexity.setdefault(name, {}).update(recovered=figures["recovered"])
     times = {k: v for k, v in recovered["timing"].items() if k in ("recover_s", "evaluate_recovered_s")}
+    samples = {**pruned.get("samples", {}), **recovered.get("samples", {})}
+    if samples:
+        samples["continuations"] = pruned["samples"]["continuations"] | recovered["samples"]["continuations"]
     return {
         **pruned,
         "perplexity": perplexity,
+        **({"samples": samples} if samples else {}),
         "timing": pruned["timing"] | times,
         "recovery": recovered["recovery"],
         "parity": recovered["parity"],

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur import checkpoint as checkpoints
+from secateur.benchmark import count_macs
 from secateur.checkpoint import Checkpoint
 from secateur.config import EvaluationSettings, Recipe
 from secateur.data import load_corpus
 from secateur.errors import CheckpointError
-from secateur.evaluation import perplexity
+from secateur.evaluation import NEW_TOKENS, continuation, perplexity
+from secateur.export.tiers import PROMPT_LENGTH
 from secateur.plan import PruningPlan
 from secateur.surgery.per_layer import is_per_layer
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 Results = dict[str, Any]
 SCHEMA = 1
+REPEATABLE = ("prune", "recover", "tune")  # whose recipe goes into the results, for `secateur report`
 PACKAGES = ("secateur", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
 
 
@@ -103,6 +106,7 @@ def header(command: str, source: Checkpoint, recipe: Recipe, plan: PruningPlan |
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             **choice,
         },
+        **({"recipe": recipe.model_dump(mode="json")} if command in REPEATABLE else {}),
         **({"plan": {"provenance": dict(plan.provenance)}} if plan is not None else {}),
         **({"before": earlier} if earlier is not None else {}),
     }
@@ -161,13 +165,31 @@ def values(source: Checkpoint, model: PreTrainedModel, settings: EvaluationSetti
     return {name: p.value for name, p in measured(source, model, settings)}
 
 
-def add_perplexity(
+def add_stage(
     results: Results, stage: str, source: Checkpoint, model: PreTrainedModel, settings: EvaluationSettings
 ) -> None:
-    """Measure one stage (`dense`, `pruned`, `recovered`) and file the values beside the others."""
+    """Measure one stage (`dense`, `pruned`, `recovered`) and file its perplexities and samples beside the others'.
+
+    Where there is a text to measure on, the model also continues the settings' prompts, which goes under `samples`.
+    """
     for name, p in measured(source, model, settings):
         facts = {k: v for k, v in p.to_json().items() if k != "value"}
         results["perplexity"].setdefault(name, facts)[stage] = p.value
+    if settings.texts and settings.prompts:
+        told = {"prompts": list(settings.prompts), "new_tokens": NEW_TOKENS, "decoding": "greedy"}
+        tokenizer = needs_tokenizer(source)
+        made = [continuation(model, tokenizer, prompt) for prompt in settings.prompts]
+        results.setdefault("samples", told | {"continuations": {}})["continuations"][stage] = made
+
+
+def add_macs(results: Results, stage: str, model: PreTrainedModel) -> None:
+    """Count the multiply-accumulates of one prompt and file them beside those of the other stages.
+
+    Nothing is filed for weights that are packed, whose products the counter does not know.
+    """
+    if checkpoints.quantisation(model.config) is None:
+        counted = {stage: count_macs(model, PROMPT_LENGTH)}
+        results["macs"] = {"prompt_length": PROMPT_LENGTH} | results.get("macs", {}) | counted
 
 
 def peak_memory() -> dict[str, int | None]:

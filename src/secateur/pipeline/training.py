@@ -20,7 +20,8 @@ from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
     Clock,
     Results,
-    add_perplexity,
+    add_macs,
+    add_stage,
     load_model,
     write_checked,
 )
@@ -50,6 +51,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         clock.begin("load")
         source = load_model(recipe)  # may be quantised: what trains are adapters
         results = begun(source, recipe, protects=protects)
+        add_macs(results, "dense", source.model)
         results["protocol"]["settings"] = asdict(pruning.settings)
         if how := recipe.prune.quantize_output:
             pruning.accept = partial(check_packable, name=how, device=source.model.device)
@@ -63,6 +65,8 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["masked_minus_cut"] = outcome.difference
         results["kinds"] = dict(outcome.shares)
         results["left_whole"] = dict(outcome.left_whole)
+        results["widths"] = outcome.plan.widths(outcome.groups)
+        results["importance"] = list(outcome.importance)
         plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
         pruning.save_adapter(folder / "adapter")
         keep_logs(work, folder)
@@ -70,7 +74,7 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
             save_mix(mix, folder / "mix.svg")
         if how:
             small = quantised_copy(small, how)
-            add_perplexity(results, "quantised", source, small, recipe.evaluation)
+            add_stage(results, "quantised", source, small, recipe.evaluation)
         write_checked(small, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
     return results

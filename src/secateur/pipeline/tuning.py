@@ -18,7 +18,7 @@ from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
     Clock,
     Results,
-    add_perplexity,
+    add_stage,
     header,
     load_model,
     needs_tokenizer,
@@ -66,7 +66,7 @@ def tune(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool 
         results["training"]["ranks"] = pruning.history
         adapted.config.use_cache = True  # which training switched off
         clock.begin("evaluate_tuned")
-        add_perplexity(results, "tuned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
+        add_stage(results, "tuned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")
         keep_logs(work, folder)
@@ -103,17 +103,17 @@ def prune_trained_adapter(
         )
         results["protocol"]["calibration"] = calibration.model_dump() | {"sha256": corpus.sha256, "events": events}
         clock.begin("evaluate_dense")
-        add_perplexity(results, "dense", source, source.model, recipe.evaluation)
+        add_stage(results, "dense", source, source.model, recipe.evaluation)
         adapted = _loaded(source, adapter)
         _check_larger(adapted, settings)
         clock.begin("evaluate_adapted")
-        add_perplexity(results, "adapted", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
+        add_stage(results, "adapted", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         results["params"] = {"initial": adapted.num_parameters(only_trainable=True)}
         clock.begin("prune")
         batches = list(tokens.to(source.model.device).split(1))
         results["training"] = {"ranks": prune_adapter(adapted, batches, settings, events)}
         clock.begin("evaluate_pruned")
-        add_perplexity(results, "pruned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
+        add_stage(results, "pruned", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         _write(adapted, folder, source, recipe, results, clock)
     return results
 

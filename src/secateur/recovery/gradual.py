@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from secateur.allocation import Budget, allocate
 from secateur.errors import BudgetError, CheckpointError, PlanError
+from secateur.groups import Group
+from secateur.importance.summary import summary
 from secateur.packed import ready_to_train
 from secateur.plan import PruningPlan
 from secateur.surgery import select
@@ -81,6 +83,8 @@ class GradualResult:
         difference: largest difference of its logits from those of the masked model.
         shares: what went of each kind.
         left_whole: family -> why it was not pruned.
+        importance: how the scores of each group were spread when the first units went.
+        groups: those that could lose units.
     """
 
     model: PreTrainedModel
@@ -88,6 +92,8 @@ class GradualResult:
     difference: float
     shares: Mapping[str, Any]
     left_whole: Mapping[str, str]
+    importance: Sequence[Mapping[str, Any]]
+    groups: Sequence[Group]
 
 
 def budget_of(name: str, sparsity: float | None, settings: dict[str, Any]) -> Budget:
@@ -113,6 +119,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         history: step, share asked for and sparsity reached, whenever units went.
         left_whole: family -> why it is not pruned.
         shares: what has gone of each kind.
+        importance: how the scores of each group were spread when the first units went.
         candidates: names of the groups that are pruned.
         accept: told before training of a cut model, without weights, of the final size; raises what it has against it.
     """
@@ -127,6 +134,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         self.history: list[dict[str, float]] = []
         self.left_whole: dict[str, str] = {}
         self.shares: dict[str, Any] = {}
+        self.importance: list[dict[str, Any]] = []
         self.candidates: tuple[str, ...] = ()
         self.accept: Callable[[PreTrainedModel], None] = lambda model: None
 
@@ -154,7 +162,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
     def _try(self, live: LiveModel) -> None:
         """Make a cut of the final size on paper: what is wrong with the budget is told before training, not after."""
         self.accept(live.check_cut(self.planned(self.settings.final, zeros(live, self.candidates), settle=True)))
-        self.shares = {}
+        self.shares, self.importance = {}, []
 
     def check_steps(self, steps: int) -> None:
         """Make sure that the schedule fits into a run of so many steps.
@@ -209,6 +217,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         if folder.is_dir() and self.live is not None and state.is_world_process_zero:
             plans = {"removed": self.live.removed.to_json(), "plan": self.live.plan.to_json()}
             facts = {**plans, "history": json.dumps([self.history, self.shares])}
+            facts["importance"] = json.dumps(self.importance)
             save_file({n: t.contiguous() for n, t in self.tensors().items()}, folder / self._file, facts)
 
     def finish(self) -> GradualResult:
@@ -226,9 +235,8 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         names = [g.name for g in self.live.groups if g.name in plan.kept]  # in one order, also after a kill
         kept, units = {n: plan.kept[n] for n in names}, {n: plan.units[n] for n in names}
         facts = asdict(self.settings) | {"budget": self.settings.budget.as_dict(), "sparsity": self.sparsity}
-        return GradualResult(
-            model, PruningPlan(kept, units, {self.name: facts}), difference, self.shares, self.left_whole
-        )
+        cut = PruningPlan(kept, units, {self.name: facts})
+        return GradualResult(model, cut, difference, self.shares, self.left_whole, self.importance, self._groups)
 
     def save_adapter(self, folder: Path) -> None:
         """Write the cut adapter alone as a PEFT folder; it belongs to the base cut by the same plan, nothing merged."""
@@ -238,6 +246,11 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         (name,) = self.live.model.active_adapters
         self.live.model.peft_config[name].save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+    @property
+    def _groups(self) -> list[Group]:
+        assert self.live is not None
+        return [self.live.groups.named(name) for name in self.candidates]
 
     @property
     def sparsity(self) -> float:
@@ -255,6 +268,8 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         """
         assert self.live is not None
         s = self.settings
+        if not self.sparsity:
+            self.importance = summary(self._groups, scores)
         plan = allocate(
             self.live.groups,
             scores,
@@ -299,6 +314,7 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
             facts = stored.metadata()
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         self.history, self.shares = json.loads(facts["history"])
+        self.importance = json.loads(facts.get("importance", "[]"))
         self.live.restore(PruningPlan.from_json(facts["removed"]), PruningPlan.from_json(facts["plan"]))
         self.remember(tensors)
 

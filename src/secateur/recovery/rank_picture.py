@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +28,14 @@ def draw_ranks(record: Mapping[str, Any]) -> Figure:
     count = 1 + bool(record["losses"]) + uneven
     figure = Figure(figsize=(8, 2.8 * count), layout="constrained")
     charts = list(figure.subplots(count, 1, squeeze=False)[:, 0])
-    _rank(charts[0], record["history"], [row["step"] for row in record["losses"]])
+    draw_rank(charts[0], record["history"], [row["step"] for row in record["losses"]])
     if record["losses"]:
         steps, losses = zip(*((row["step"], row["loss"]) for row in record["losses"]), strict=True)
         charts[1].plot(steps, losses, color=COLOURS[1], linewidth=1.8)
         charts[1].set(xlabel="optimizer steps", ylabel="training loss [nats per token]")
         charts[1].sharex(charts[0])
     if uneven:
-        _modules(charts[-1], record["final"])
+        draw_modules(charts[-1], record["final"])
     for axes in charts:
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -43,8 +43,8 @@ def draw_ranks(record: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def _rank(axes: Axes, history: list[Mapping[str, Any]], steps: list[int]) -> None:
-    """Ranks hold from one removal to the next."""
+def draw_rank(axes: Axes, history: Sequence[Mapping[str, Any]], steps: Sequence[int]) -> None:
+    """Rank over steps; ranks hold from one removal to the next."""
     end = max([history[-1]["step"], *steps])
     rows = [*history, {**history[-1], "step": end}]
     at = [row["step"] for row in rows]
@@ -56,7 +56,7 @@ def _rank(axes: Axes, history: list[Mapping[str, Any]], steps: list[int]) -> Non
     axes.legend(frameon=False)
 
 
-def _modules(axes: Axes, final: Mapping[str, int]) -> None:
+def draw_modules(axes: Axes, final: Mapping[str, int]) -> None:
     """One line for the modules of the same last name, in their order in the model."""
     kinds: dict[str, list[int]] = {}
     for name, rank in final.items():
