@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from secateur.config import load_job
-from secateur.errors import CheckpointError, DataError, RecipeError
+from secateur.errors import CheckpointError, DataError, ProcessError, RecipeError
 from secateur.pipeline import run_recipe, run_sweep, sweep_keys, sweep_processes, sweeping
 from secateur.pipeline.sweep_processes import Outcome
+from secateur.processes import OwnProcess
 
 SWEEP = "import sys; sys.argv = ['secateur', *sys.argv[1:]]; from secateur.cli import main; main()"
 
@@ -40,7 +41,8 @@ class Instant:
 
     started: ClassVar[list] = []
 
-    def __init__(self, recipe, folder, log, threads):
+    def __init__(self, function, arguments, log, threads):
+        recipe, folder = arguments
         self.sparsity = recipe.prune.param_sparsity
         self.started.append(self.sparsity)
         read, write = os.pipe()
@@ -52,9 +54,10 @@ class Instant:
             params = {"dense": 100, "pruned": 80, "sparsity": 0.2}
             (folder / "results.json").write_text(json.dumps({"params": params, "perplexity": perplexity}))
 
-    def outcome(self):
-        codes = {0.95: Outcome("the largest reachable sparsity is 0.9", 2), 0.99: Outcome("killed", 1)}
-        return codes.get(self.sparsity, Outcome())
+    def result(self):
+        if self.sparsity == 0.99:
+            raise ProcessError("its process was killed")
+        return Outcome("the largest reachable sparsity is 0.9", 2) if self.sparsity == 0.95 else Outcome()
 
 
 @pytest.fixture
@@ -134,6 +137,24 @@ def test_workers_share_memory_and_cores(recipe, monkeypatch, secateur):
         sweep_processes.share_of(timed, 2)
     code, _, err = secateur("run", "demo", "--workers", 2)
     assert code == 2 and "--workers is for sweeps" in err
+
+
+def test_a_process_that_is_killed_fails_alone_and_prints_to_its_log(tmp_path, capfd):
+    calls = {
+        "live": (print, ("hello",)),
+        "count": (os.getenv, ("OMP_NUM_THREADS",)),
+        "die": (signal.raise_signal, (9,)),
+    }
+    processes = {name: OwnProcess(*call, tmp_path / name, 3) for name, call in calls.items()}
+    assert processes["live"].result() is None and (tmp_path / "live").read_text() == "hello\n"
+    assert processes["count"].result() == "3"
+    with pytest.raises(ProcessError, match=r"was killed by signal 9 .*; see .*die"):
+        processes["die"].result()
+    assert capfd.readouterr() == ("", "")
+    endless = OwnProcess(time.sleep, (1000,), tmp_path / "endless", 1)
+    endless.stop()
+    with pytest.raises(ProcessError, match="signal 15"):
+        endless.result()
 
 
 def test_a_sweep_killed_and_called_again_gives_what_it_would_have(recipe, tmp_path, monkeypatch):

@@ -69,6 +69,12 @@ class SweepError(SecateurError):
         self.exit_code = exit_code
 
 
+class ProcessError(SecateurError):
+    """A process that was killed or broke off. Not the user's mistake: the command line exits with code 1."""
+
+    exit_code = 1
+
+
 def first_line(error: BaseException) -> str:
     """What another library's error says, without its further lines."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

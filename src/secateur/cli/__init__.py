@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 
 import typer
@@ -18,18 +16,9 @@ from secateur.cli.recipes import demo, recipes_app, run
 from secateur.cli.report import compare, report
 from secateur.cli.ship import export
 from secateur.errors import SecateurError
+from secateur.quiet import quiet_libraries
 
 __all__ = ["app", "main", "out"]
-
-# What transformers and peft import where it is installed, and which warns of kernels that are not.
-TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
-# What keeps bars and advice of other libraries out of logs; they are read when those are imported. The user's own win.
-QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TQDM_DISABLE": "1",
-}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -55,12 +44,7 @@ app.command()(demo)
 
 def main() -> None:
     """Entry point of the `secateur` command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for name in TALKATIVE:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        for name, value in QUIET.items():
-            os.environ.setdefault(name, value)
+    quiet_libraries(in_logs=not sys.stderr.isatty())
     try:
         app()
     except SecateurError as error:

@@ -1,23 +1,13 @@
-"""Runs of a sweep in processes of their own: how many at once, and one from its start to its end.
-
-A pool that reuses processes would break as a whole when one is killed, and a run's peak of memory would be that of all
-runs before it in the same process.
-"""
+"""How many runs of a sweep go at once, and what each of their processes does."""
 
 from __future__ import annotations
 
-import fcntl
-import multiprocessing
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -98,68 +88,14 @@ class Outcome:
     exit_code: int = 0
 
 
-class OwnProcess:
-    """A run in a process of its own, from now on; its output is appended to a log file.
-
-    Args:
-        recipe: what to run.
-        folder: its run folder, taken up where an earlier process left it.
-        log: file for what it prints.
-        threads: that it computes with.
-    """
-
-    def __init__(self, recipe: Recipe, folder: Path, log: Path, threads: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.log = log
-        self._outcome, sends = context.Pipe(duplex=False)
-        self._process: BaseProcess = context.Process(target=_run, args=(recipe, folder, log, threads, sends))
-        self._process.start()
-        sends.close()
-
-    @property
-    def sentinel(self) -> int:
-        """Ready, in the words of `multiprocessing.connection.wait`, when the process has ended."""
-        return self._process.sentinel
-
-    def outcome(self) -> Outcome:
-        """How it ended; waits for the end."""
-        self._process.join()
-        with suppress(EOFError, OSError):
-            found: Outcome = self._outcome.recv()
-            return found
-        code = self._process.exitcode or 0
-        killed = f"was killed by signal {-code} (9 is often the system's, out of memory)" if code < 0 else "broke off"
-        return Outcome(f"its process {killed}; see {self.log}", 1)
-
-    def stop(self) -> None:
-        """End it now, finished or not."""
-        self._process.terminate()
-        self._process.join()
-
-
-def _run(recipe: Recipe, folder: Path, log: Path, threads: int, outcome: Connection) -> None:
-    """What the process does."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    with log.open("a", encoding="utf-8") as stream:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(stream, fcntl.LOCK_EX)  # until a process whose sweep was killed a moment ago has ended
-        os.dup2(stream.fileno(), sys.stdout.fileno())
-        os.dup2(stream.fileno(), sys.stderr.fileno())
-    torch.set_num_threads(threads)
+def attempt(recipe: Recipe, folder: Path) -> Outcome:
+    """Run a recipe, or go on with it; whatever is wrong is returned, and printed."""
     try:
         run_recipe(recipe, folder, resume=True)
-        outcome.send(Outcome())
     except SecateurError as error:
         print(f"error: {error}", file=sys.stderr)
-        outcome.send(Outcome(str(error), error.exit_code))
+        return Outcome(str(error), error.exit_code)
     except Exception as error:
         traceback.print_exc()
-        outcome.send(Outcome(f"{type(error).__name__}: {one_line(error)}; see {log}", 1))
-
-
-def _end_with_parent() -> None:
-    """Wait until the process of the sweep is gone, however it ended, and end this one."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+        return Outcome(f"{type(error).__name__}: {one_line(error)}", 1)
+    return Outcome()

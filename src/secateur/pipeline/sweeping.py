@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 from secateur.checkpoint.account import STAGES
 from secateur.config import Combination, Sweep
-from secateur.errors import CheckpointError
+from secateur.errors import CheckpointError, ProcessError
 from secateur.pipeline.reporting import check_reporting
 from secateur.pipeline.results import SCHEMA, Results, write_json
 from secateur.pipeline.sweep_keys import keys_of, name_of
-from secateur.pipeline.sweep_processes import Outcome, OwnProcess, Share, share_of
+from secateur.pipeline.sweep_processes import Outcome, Share, attempt, share_of
+from secateur.processes import OwnProcess
 
 SWEEP_FILE, LOGS = "sweep.json", "logs"
 State = Literal["waiting", "running", "finished", "failed"]
@@ -153,20 +154,28 @@ def _record(runs: Sequence[SweepRun], share: Share) -> Results:
 
 
 def _run_all(waiting: list[SweepRun], share: Share, changed: Callable[[], None]) -> None:
-    """Run what is not finished, so many at once, in order; whatever ends this ends the runs, too."""
+    """Run what is not finished, so many at once, in order; whatever ends this ends the runs, too.
+
+    Each has a process to itself: a pool breaks as a whole when one of its processes is killed, and a peak of memory
+    would be that of all runs before in the same process.
+    """
     running: dict[int, tuple[SweepRun, OwnProcess, float]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < share.workers:
                 run = waiting.pop(0)
-                process = OwnProcess(run.combination.recipe, run.folder, run.log, share.threads)
+                process = OwnProcess(attempt, (run.combination.recipe, run.folder), run.log, share.threads)
                 running[process.sentinel] = (run, process, time.perf_counter())
                 run.state = "running"
             changed()
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
                 run, process, since = running.pop(sentinel)
-                run.outcome, run.seconds = process.outcome(), round(time.perf_counter() - since, 3)
+                run.seconds = round(time.perf_counter() - since, 3)
+                try:
+                    run.outcome = process.result()
+                except ProcessError as error:
+                    run.outcome = Outcome(str(error), error.exit_code)
                 run.state = "failed" if run.outcome.error else "finished"
     finally:
         for _, process, _ in running.values():
