@@ -89,6 +89,20 @@ def test_checkpoints_outlive_an_error_after_training(prune, tmp_path, monkeypatc
     assert (tmp_path / "out.work" / "checkpoints" / "checkpoint-3").is_dir()
 
 
+def test_a_checkpoint_that_a_kill_left_half_written_is_passed_over(prune, tmp_path, monkeypatch):
+    monkeypatch.setattr(LoRAPrune, "finish", lambda self: (_ for _ in ()).throw(CheckpointError("no space left")))
+    prune(steps=4)
+    monkeypatch.undo()
+    checkpoints = tmp_path / "out.work" / "checkpoints"
+    assert (checkpoints / "checkpoint-4" / "whole").is_file()
+    half = checkpoints / "checkpoint-5"
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{")
+    code, _, err = prune("--resume", steps=4)
+    assert code == 0, err
+    assert "- step 1 of 4" not in err  # it went on from the last one that is whole
+
+
 def test_recovery_leaves_nothing_after_an_error(secateur, checkpoint_folder, text_file, tmp_path, killed):
     given = ["-o", tmp_path / "out", "--data", text_file, *TRAINING, "--steps", "40", "--learning-rate", "1e30"]
     code, _, err = secateur("recover", checkpoint_folder, *given, "--mix", "dynamic")

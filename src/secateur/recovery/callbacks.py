@@ -14,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from secateur.errors import NonFiniteError, SecateurError
 
+WHOLE = "whole"  # a file in every checkpoint that was written to its end
+
 
 class StopOnBrokenLoss(TrainerCallback):  # type: ignore[misc]
     """Raise `NonFiniteError` as soon as a logged loss or gradient norm is NaN or infinite."""
@@ -57,7 +59,8 @@ class MeasureTexts(TrainerCallback):  # type: ignore[misc]
 class OwnFolder(TrainerCallback):  # type: ignore[misc]
     """The folder of a run: what an earlier one left there goes when training begins, not before.
 
-    To be the Trainer's last callback, since the others may refuse to begin.
+    To be the Trainer's last callback, since the others may refuse to begin, and write their parts of a checkpoint. One
+    that is whole is marked so: a kill may come while it is written.
 
     Args:
         folder: with training checkpoints; need not exist.
@@ -78,6 +81,11 @@ class OwnFolder(TrainerCallback):  # type: ignore[misc]
                 elif not any(path.iterdir()):
                     path.rmdir()
             self.new = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            (folder / WHOLE).touch()
 
     @contextmanager
     def gone_after_an_error(self) -> Iterator[None]:

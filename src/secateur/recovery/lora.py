@@ -16,7 +16,7 @@ import torch
 
 from secateur.data import Corpus
 from secateur.errors import DataError, RecipeError, first_line
-from secateur.recovery.callbacks import MeasureTexts, OwnFolder, PrintLosses, StopOnBrokenLoss
+from secateur.recovery.callbacks import WHOLE, MeasureTexts, OwnFolder, PrintLosses, StopOnBrokenLoss
 from secateur.recovery.examples import IGNORED
 from secateur.recovery.gradual import GradualPruning
 from secateur.recovery.reporting import PROJECT, ReportFigures, check_reporters, logs_in, own_entries
@@ -148,11 +148,9 @@ def train(
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest training checkpoint of a run, None if there is none."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = output / "checkpoints"
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    """The newest training checkpoint of a run that was written to its end, None if there is none."""
+    found = [file.parent for file in (output / "checkpoints").glob(f"checkpoint-*/{WHOLE}")]
+    return str(max(found, key=lambda folder: int(folder.name.rpartition("-")[2]))) if found else None
 
 
 def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts: bool = True) -> PeftModel:
