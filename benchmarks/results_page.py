@@ -14,6 +14,7 @@ import audit_page
 import loraprune_page
 import lorashear_page
 import prunedlora_page
+import untuned_page
 import zero_shot_page
 
 RESULTS = Path(__file__).parent / "results"
@@ -186,6 +187,7 @@ def main() -> None:
         *criteria(),
         *leave_one_out(),
         *audit_page.audits(results("audit_*.json")),
+        *untuned_page.untuned(results("untuned_*.json")),
         *scoring_cost(),
         *loraprune(),
         *prunedlora(),

@@ -1,0 +1,114 @@
+"""How good a cut model is without any training: criteria, with and without compensation, over sparsities and seeds.
+
+    python benchmarks/untuned.py MODEL --text tinystories_valid.jsonl.xz --data tinystories_train.jsonl.xz \
+        --output benchmarks/results/untuned_stories260K.json
+
+A method is a criterion, alone or with what makes up for the cut: `gate`, `gate+ridge` (what a matrix put out before,
+with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out). Seeds draw the calibration text.
+Block-wise, uniform widths, local ranking. Rows that the output holds already, from the same protocol, are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from resumed import measured
+
+import secateur as sc
+from secateur.compensation import Compensation
+from secateur.importance import CRITERIA
+from secateur.methods.llm_pruner import LLMPruner, cut, run
+from secateur.pipeline import PACKAGES
+from secateur.plan import PruningPlan
+
+FORMS = {"": None, "ridge": Compensation("ridge"), "ridge-dense": Compensation("ridge", "dense")}
+METHODS = tuple(
+    criterion + (f"+{form}" if form else "") for criterion in ("taylor-1", "taylor-2", "gate") for form in FORMS
+)
+
+
+class Case:
+    """One model and its texts."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.source = args, sc.load(args.model)
+        self.source.model.float()
+        self.text, self.data = sc.load_corpus(args.text), sc.load_corpus(args.data)
+        self.dense = self.perplexity(self.source.model)
+        self.plans: dict[tuple[str, float, int], PruningPlan] = {}
+
+    def perplexity(self, model: Any) -> Any:
+        return sc.perplexity(model, self.source.tokenizer, self.text, seq_len=self.args.seq_len, batch_size=16)
+
+    def tokens(self, seed: int) -> torch.Tensor:
+        args = self.args
+        return sc.calibration_tokens(self.data, self.source.tokenizer, args.samples, args.calibration_length, seed)
+
+    def plan(self, criterion: str, sparsity: float, seed: int) -> PruningPlan:
+        """Made once for all forms of compensation."""
+        key = criterion, sparsity, seed
+        if key not in self.plans:
+            settings = LLMPruner(sc.Budget(sparsity), CRITERIA[criterion])
+            self.plans[key] = run(self.source.model, [self.tokens(seed)], settings).plan
+        return self.plans[key]
+
+    def row(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+        criterion, _, form = method.partition("+")
+        plan = self.plan(criterion, sparsity, seed)
+        begin = time.perf_counter()
+        small, done = cut(self.source.model, plan, [self.tokens(seed)], FORMS[form])
+        return {
+            "method": method,
+            "sparsity": sparsity,
+            "seed": seed,
+            "reached": round(1 - small.num_parameters() / self.source.model.num_parameters(), 5),
+            "perplexity": self.perplexity(small).value,
+            **({"off": {k: sum(getattr(c, k) for c in done) / len(done) for k in ("before", "after")}} if done else {}),
+            "cut_seconds": round(time.perf_counter() - begin, 2),
+        }
+
+    def report(self) -> dict[str, Any]:
+        args, model = self.args, self.source
+        return {
+            "schema": 1,
+            "command": "benchmarks/untuned.py",
+            "model": {
+                "name": Path(args.model).name,
+                "sha256": model.sha256,
+                "parameters": model.model.num_parameters(),
+            },
+            "dense": self.dense.to_json(),
+            "protocol": {
+                "calibration": {"file": self.data.name, "sha256": self.data.sha256, "samples": args.samples,
+                                "seq_len": args.calibration_length},
+                "dtype": "float32",
+                "threads": torch.get_num_threads(),
+                "versions": {name: version(name) for name in PACKAGES},
+            },
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True, help="evaluation text")
+    parser.add_argument("--data", required=True, help="calibration text")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--methods", nargs="*", default=METHODS)
+    parser.add_argument("--sparsities", nargs="*", type=float, default=(0.2, 0.5))
+    parser.add_argument("--seeds", nargs="*", type=int, default=(1, 2, 3))
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--calibration-length", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=128)
+    args = parser.parse_args()
+    case = Case(args)
+    measured(args, case.report(), case.row)
+
+
+if __name__ == "__main__":
+    main()
