@@ -27,6 +27,8 @@ PROMISED = {
     ("layer",): 160,
 }
 
+pytestmark = pytest.mark.no_cover  # which doubles the time of tracing, and learns nothing new from another type
+
 # Every fourth type; the whole sweep takes half an hour.
 QUARTER = [t for t in zoo.model_types()[::4] if t not in zoo.UNSUPPORTED and t not in SAMPLE]
 
