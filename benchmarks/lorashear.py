@@ -12,8 +12,9 @@ Every row trains adapters for the same number of steps of the same size:
     lorashear-random  the same with units drawn at random in each period
 
 A name with `-dynamic` trains on the dynamic mix; one with `+knowledge` leaves the groups whole that an analysis of the
-dense model finds most sensitive, and layers differ in width then. Settings of the method or of the recovery may follow
-after a colon: `lorashear-dynamic:push=linear,balance=0.5`.
+dense model finds most sensitive, on the first 64 windows of the training text, which are of the first source alone, and
+layers differ in width then; `:uniform=false` is the same without an analysis. Settings of the method or of the recovery
+may follow after a colon: `lorashear-dynamic:push=linear,balance=0.5`.
 `mean` is the geometric mean over sources, `worst` the source whose perplexity is the largest multiple of the dense one.
 Rows that the output holds already, from the same protocol, are not repeated.
 """

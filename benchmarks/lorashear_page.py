@@ -14,6 +14,7 @@ NAMES = {
     "lorashear-dynamic": "LoRAShear, dynamic",
     "lorashear+knowledge": "LoRAShear, static, sensitive groups left whole",
     "lorashear-dynamic+knowledge": "LoRAShear, dynamic, sensitive groups left whole",
+    "lorashear-random": "LoRAShear, random units",
 }
 Data = Mapping[str, Any]
 

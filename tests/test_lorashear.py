@@ -14,6 +14,8 @@ from test_loraprune import adapted, losses, trained
 from transformers import TrainerCallback
 
 import secateur as sc
+from secateur import pipeline
+from secateur.config import parse_recipe
 from secateur.discovery.reference import plain_logits
 from secateur.discovery.trace import probe_ids
 from secateur.errors import BudgetError, NonFiniteError, PlanError
@@ -331,3 +333,22 @@ def test_the_command_prunes_pushes_and_resumes_like_any_other(secateur, checkpoi
     assert code == 2 and "lorashear has no use for --variant" in err and not (tmp_path / "o").exists()
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", *common[:-1], "sideways")
     assert code == 2 and "half-space" in err and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_no_adapter_is_written_where_earlier_ones_were_merged(checkpoint_folder, text_file, tmp_path, merge):
+    recipe = parse_recipe(
+        {
+            "model": {"source": str(checkpoint_folder)},
+            "method": {"name": "lorashear", "merge": merge, "periods": 2},
+            "prune": {"param_sparsity": 0.3},
+            "recovery": {"data": [str(text_file)], "steps": 8, "seq_len": 16, "batch_size": 2},
+        }
+    )
+    pipeline.prune_while_training(recipe, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "adapter").exists() != merge
+    with pytest.raises(PlanError, match="merged adapters into the weights that stay"):
+        pruning = LoRAShear(0.3, merge=True)
+        pruning.live = object()
+        pruning.save_adapter(tmp_path / "alone")

@@ -110,6 +110,10 @@ class LoRAShear(GradualPruning):
     def last_cut(self, steps: int) -> int:
         return self._begins(steps)[-1]
 
+    @property
+    def adapter_alone(self) -> bool:
+        return not self.settings.merge
+
     def check(self, live: LiveModel, chosen: Any) -> None:
         """Refuse packed weights, adapters that are no plain LoRA, and units that no weight puts out."""
         refuse_packed(live.base, "pushed to zero", PlanError)

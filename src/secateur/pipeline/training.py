@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
     """Prune the recipe's model while it trains: the cut and merged model in the folder `output`, the adapter beside it.
 
+    No adapter is written by a method that merged earlier ones on the way (LoRAShear's `merge`).
+
     Training checkpoints lie in `<output>.work` until the run ends; `resume` continues from the last one.
 
     Raises:
@@ -68,7 +70,8 @@ def prune_while_training(recipe: Recipe, output: Path, *, resume: bool = False, 
         results["widths"] = outcome.plan.widths(outcome.groups)
         results["importance"] = list(outcome.importance)
         plan = PruningPlan(outcome.plan.kept, outcome.plan.units, results["protocol"])
-        pruning.save_adapter(folder / "adapter")
+        if pruning.adapter_alone:
+            pruning.save_adapter(folder / "adapter")
         keep_logs(work, folder)
         if mix := results["training"].get("mix"):
             save_mix(mix, folder / "mix.svg")

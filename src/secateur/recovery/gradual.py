@@ -238,9 +238,23 @@ class GradualPruning(TrainerCallback):  # type: ignore[misc]
         cut = PruningPlan(kept, units, {self.name: facts})
         return GradualResult(model, cut, difference, self.shares, self.left_whole, self.importance, self._groups)
 
+    @property
+    def adapter_alone(self) -> bool:
+        """Whether what the run learnt lies in the adapter alone, and none of it in the weights that stay."""
+        return True
+
     def save_adapter(self, folder: Path) -> None:
-        """Write the cut adapter alone as a PEFT folder; it belongs to the base cut by the same plan, nothing merged."""
+        """Write the cut adapter alone as a PEFT folder; it belongs to the base cut by the same plan, nothing merged.
+
+        Raises:
+            PlanError: a part of what was learnt has been merged into the base.
+        """
         assert self.live is not None
+        if not self.adapter_alone:
+            raise PlanError(
+                f"{self.name} merged adapters into the weights that stay (merge=true), so the last one alone is of no "
+                "use: take the whole model"
+            )
         tensors = self.live.adapter()
         folder.mkdir(parents=True)
         (name,) = self.live.model.active_adapters
