@@ -75,9 +75,9 @@ def element_wise(layer, gradient=None):
     return (g * (layer.base_layer.weight + layer.scaling["default"] * b @ a)).abs().detach().float()
 
 
-@pytest.mark.parametrize("rows_at_a_time", [7, 1024])
-def test_scores_are_sums_of_the_estimate_over_each_unit(stepped, rows_at_a_time, monkeypatch):
-    monkeypatch.setattr("secateur.importance.lora_guided.ROWS", rows_at_a_time)
+@pytest.mark.parametrize("columns_at_a_time", [7, 1024])
+def test_scores_are_sums_of_the_estimate_over_each_unit(stepped, columns_at_a_time, monkeypatch):
+    monkeypatch.setattr("secateur.importance.lora_guided.COLUMNS", columns_at_a_time)
     _, live = stepped
     mlp = live.base.model.layers[1].mlp
     name = "model.layers.1.mlp/ffn_channel"

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from secateur import checkpoint
 from secateur.checkpoint import QUANTISERS, quantisation, quantised_copy
 from secateur.errors import CheckpointError, PlanError
+from secateur.importance import lora_guided
 from secateur.importance.lora_guided import LoraGuided
 from secateur.methods.loraprune import LoRAPrune
-from secateur.packed import dense_weight, packed_weights
+from secateur.packed import dense_weight, packed_weights, unpacked_columns
 from secateur.surgery.live import LiveModel
 
 TRAINING = ["--data", "demo-calibration", "--steps", "4", "--batch-size", "8", "--seq-len", "64"]
@@ -39,7 +40,7 @@ def with_gradients(model):
 
 
 @pytest.mark.parametrize("quantise", QUANTISERS)
-def test_scores_are_those_of_the_dense_form(quantise, wide):
+def test_scores_are_those_of_the_dense_form_unpacked_tile_by_tile(quantise, wide, monkeypatch):
     packed, dense = checkpoint.load(wide, quantise=quantise).model, checkpoint.load(wide).model
     assert len(packed_weights(packed)) == 14
     for name in packed_weights(packed):
@@ -47,10 +48,19 @@ def test_scores_are_those_of_the_dense_form(quantise, wide):
         dense.get_submodule(path).weight.data.copy_(dense_weight(packed.get_submodule(path)))
     found, wanted = with_gradients(packed), with_gradients(dense)
     names = [g.name for g in wanted.groups.of_kinds(("ffn_channel", "kv_group"))]
+    tiles = []
+
+    def watched(module, columns):
+        tiles.append(len(columns))
+        return unpacked_columns(module, columns)
+
+    monkeypatch.setattr(lora_guided, "COLUMNS", 24)
+    monkeypatch.setattr(lora_guided, "unpacked_columns", watched)
     for live in (found, wanted):
         live.scores = LoraGuided().scores(live.base, live.groups, {}, names, {})
     for name in names:
         torch.testing.assert_close(found.scores[name], wanted.scores[name], rtol=1e-4, atol=1e-6)
+    assert max(tiles) == 24 and len(tiles) > 2 * 14
 
 
 @pytest.mark.parametrize("quantise", QUANTISERS)

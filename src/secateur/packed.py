@@ -74,26 +74,30 @@ def is_bitsandbytes_linear(module: nn.Module) -> bool:
 
 
 def dense_weight(module: nn.Module) -> Tensor:
-    """A linear module's weight as numbers, [out, in] or turned as it is stored; if packed, what it multiplies by.
-
-    A packed weight is not unpacked but applied to unit vectors, since its memory layout may change while the model
-    runs (bitsandbytes reorders 4-bit weights on a CPU) and only the module itself always knows it.
-    """
+    """A linear module's weight as numbers, [out, in] or turned as it is stored; if packed, what it multiplies by."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     if not packed_weights(module):
         return weight.detach()
-    bias: Any = getattr(module, "bias", None)
     columns, rows = int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     dense = torch.empty(rows, columns, device=weight.device)
-    with torch.no_grad():
-        for first in range(0, columns, VECTORS):
-            count = min(VECTORS, columns - first)
-            units = torch.zeros(count, columns, device=weight.device)
-            units[:, first : first + count].fill_diagonal_(1)
-            out = module(units).float()
-            dense[:, first : first + count] = (out if bias is None else out - bias.float()).T
+    for tile in torch.arange(columns, device=weight.device).split(VECTORS):
+        dense[:, tile] = unpacked_columns(module, tile)
     return dense
+
+
+@torch.no_grad()
+def unpacked_columns(module: nn.Module, columns: Tensor) -> Tensor:
+    """Columns of the matrix that a packed linear module multiplies by, float32 [out, columns]; no more is unpacked.
+
+    A packed weight is not unpacked but applied to unit vectors, since its memory layout may change while the model
+    runs (bitsandbytes reorders 4-bit weights on a CPU) and only the module itself always knows it.
+    """
+    bias: Any = getattr(module, "bias", None)
+    units = torch.zeros(len(columns), int(module.in_features), device=columns.device)  # type: ignore[arg-type]
+    units[torch.arange(len(columns), device=columns.device), columns] = 1
+    out: Tensor = module(units).float()
+    return (out if bias is None else out - bias.float()).T
 
 
 def ready_to_train(model: nn.Module) -> None:

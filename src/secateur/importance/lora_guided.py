@@ -8,10 +8,10 @@
 | importance of an element | abs(G (W_0 + s B A)) |
 | importance of a structure | sum over its elements in a projection, then over projections |
 
-No gradient of a frozen weight exists at any time: G is formed for a block of rows of one layer, reduced to its sums
-over rows and columns, and forgotten. Deviations: the paper squares the element, its code and we take the absolute
-value; elements of units that are masked already do not count towards the others (the code lets rows of B that get no
-gradient any more contribute through dA).
+No gradient of a frozen weight exists at any time: G is formed for a block of columns of one layer, reduced to its sums
+over rows and columns, and forgotten; of a quantised weight the same columns are unpacked. Deviations: the paper squares
+the element, its code and we take the absolute value; elements of units that are masked already do not count towards the
+others (the code lets rows of B that get no gradient any more contribute through dA).
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from secateur.errors import NonFiniteError, PlanError
 from secateur.groups import Group, Groups, Kept
-from secateur.packed import dense_weight
+from secateur.packed import packed_weights, unpacked_columns
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
     from torch.utils.hooks import RemovableHandle
 
-ROWS = 1024  # of a weight matrix that are scored at a time
+COLUMNS = 1024  # of a weight matrix that are unpacked and scored at a time
 Positions = Mapping[tuple[str, int], Tensor]
 Variant = Literal["lora", "grad", "magnitude"]
 
@@ -97,23 +97,29 @@ class LoraGuided:
 
     def _sums(self, layer: LoraLayer, stay: Mapping[int, Any], gradient: Tensor | None) -> dict[int, Tensor]:
         """Importance summed over each row and column that stays, by dimension of the stored weight."""
-        weight, a, b, scale, turned = _factors(layer)
-        rows = _positions(stay, 1 if turned else 0, weight.shape[0], weight.device)
-        columns = _positions(stay, 0 if turned else 1, weight.shape[1], weight.device)
-        a_kept, da = a.detach()[:, columns].float(), _gradient(a)[:, columns]
-        by_row, by_column = [], torch.zeros(len(columns), device=weight.device)
-        for tile in rows.split(ROWS):
-            b_kept, db = b.detach()[tile].float(), _gradient(b)[tile]
-            salience = weight[tile][:, columns].float() + scale * (b_kept @ a_kept)
+        a, b, scale = factors_of(layer)
+        base, turned = layer.get_base_layer(), bool(getattr(layer, "fan_in_fan_out", False))
+        is_packed = bool(packed_weights(base))
+        rows = _positions(stay, 1 if turned else 0, b.shape[0], b.device)
+        columns = _positions(stay, 0 if turned else 1, a.shape[1], a.device)
+        b_kept, db = b.detach()[rows].float(), _gradient(b)[rows]
+        by_row, by_column = torch.zeros(len(rows), device=b.device), []
+        for tile in columns.split(COLUMNS):
+            a_kept, da = a.detach()[:, tile].float(), _gradient(a)[:, tile]
+            if is_packed:
+                salience = unpacked_columns(base, tile)[rows]
+            else:
+                salience = _columns(base.weight.detach(), tile, rows, turned)
+            salience += scale * (b_kept @ a_kept)
             if self.variant == "lora":
                 salience *= db @ (a_kept - da) + b_kept @ da
             elif self.variant == "grad":
                 assert gradient is not None
-                salience *= (gradient.T if turned else gradient)[tile][:, columns].float()
+                salience *= _columns(gradient, tile, rows, turned)
             salience.abs_()
-            by_row.append(salience.sum(1))
-            by_column += salience.sum(0)
-        return {int(turned): torch.cat(by_row), 1 - int(turned): by_column}
+            by_row += salience.sum(1)
+            by_column.append(salience.sum(0))
+        return {int(turned): by_row, 1 - int(turned): torch.cat(by_column)}
 
 
 class TrueGradients:
@@ -199,11 +205,10 @@ def factors_of(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
     return layer.lora_A[adapter].weight, layer.lora_B[adapter].weight, float(layer.scaling[adapter])
 
 
-def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor, Tensor, float, bool]:
-    """W_0 [out, in], A, B, the scale, and whether W_0 is stored the other way round."""
-    weight = dense_weight(layer.get_base_layer())
-    turned = bool(getattr(layer, "fan_in_fan_out", False))
-    return weight.T if turned else weight, *factors_of(layer), turned
+def _columns(matrix: Tensor, columns: Tensor, rows: Tensor, turned: bool) -> Tensor:
+    """Some columns and rows of a matrix [out, in], or of one that is stored the other way round; a float32 copy."""
+    tile = matrix[columns].T if turned else matrix[:, columns]
+    return tile[rows].float()  # a copy, by rows if not by type
 
 
 def _positions(stay: Mapping[int, Any], dim: int, size: int, device: torch.device) -> Tensor:
