@@ -209,7 +209,11 @@ def test_demo(monkeypatch, tmp_path):
     dense, cut = report["rows"]
     assert 0.79 < cut["parameters"] / dense["parameters"] < 0.81
     assert dense["dense"] < 60 and cut["pruned"] > dense["dense"]
-    assert "The old man opened the door" in console.export_text()
+    run = json.loads((tmp_path / "d" / "sparsity-20" / "results.json").read_text())
+    speed = 1 / run["benchmark"]["ratios"]["prefill_s"]
+    shown = console.export_text(clear=False)
+    assert dense["speed"] == 1 and cut["speed"] == pytest.approx(speed, abs=0.01)  # of one run, as the report has it
+    assert f"{speed:.2f}x" in shown and "The old man opened the door" in shown
 
 
 def bert(folder):

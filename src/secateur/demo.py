@@ -45,15 +45,17 @@ def run_demo(output: Path, console: Console) -> dict[str, Any]:
 
 
 def _row(name: str, folder: str, results: dict[str, Any], size: str, stages: list[str]) -> dict[str, Any]:
-    """One line of the table: a model, with what the run measured of it and what it makes of the first prompt."""
+    """One line of the table: a model, with what the run measured of it and what it makes of the first prompt.
+
+    Its speed is told beside that of the dense model in the same run: those of two runs do not compare.
+    """
     perplexity = next(iter(results["perplexity"].values()))
-    timed = results["benchmark"]["against" if size == "dense" else "model"]
     return {
         "model": name,
         "folder": folder,
         "parameters": results["params"][size],
         **{stage: perplexity[stage] for stage in stages},
-        "tokens_per_s": round(timed["prefill_tokens_per_s"], 1),
+        "speed": 1.0 if size == "dense" else round(1 / results["benchmark"]["ratios"]["prefill_s"], 3),
         "prompt": results["samples"]["prompts"][0],
         "continuation": " ".join(results["samples"]["continuations"][stages[-1]][0].split()),
     }
@@ -61,14 +63,15 @@ def _row(name: str, folder: str, results: dict[str, Any], size: str, stages: lis
 
 def _show(rows: list[dict[str, Any]], results: dict[str, Any], console: Console) -> None:
     perplexity, timed = next(iter(results["perplexity"].values())), results["benchmark"]["protocol"]
-    table = Table("model", "parameters", "dense", "pruned", "recovered", "tokens/s", title="perplexity and speed")
+    table = Table("model", "parameters", "dense", "pruned", "recovered", "speed", title="perplexity and speed")
     for row in rows:
         figures = [f"{row[k]:.2f}" if row.get(k) else "" for k in ("dense", "pruned", "recovered")]
-        table.add_row(row["model"], f"{row['parameters']:,}", *figures, f"{row['tokens_per_s']:,.0f}")
+        table.add_row(row["model"], f"{row['parameters']:,}", *figures, f"{row['speed']:.2f}x")
     console.print(table)
     console.print(
         f"Perplexity on {perplexity['tokens']:,} tokens of books by authors the model never saw, "
-        f"{perplexity['seq_len']}-token windows; tokens/s of prefill ({timed['prompt_length']} tokens), this machine."
+        f"{perplexity['seq_len']}-token windows; speed of prefill ({timed['prompt_length']} tokens) to the dense "
+        "model's in the same run, this machine."
     )
     for row in rows:
         told = f"{escape(row['prompt'])} [italic]{escape(row['continuation'])}[/italic]"
