@@ -10,11 +10,13 @@ Every row trains adapters for the same number of steps of the same size:
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
     lorashear-random  the same with units drawn at random in each period
+    lorashear-unfloored  the same without the least lambda that brings a unit to zero in time
 
 A name with `-dynamic` trains on the dynamic mix; one with `+knowledge` leaves the groups whole that an analysis of the
 dense model finds most sensitive, on the first 64 windows of the training text, which are of the first source alone, and
 layers differ in width then; `:uniform=false` is the same without an analysis. Settings of the method or of the recovery
-may follow after a colon: `lorashear-dynamic:push=linear,balance=0.5`.
+may follow after a colon: `lorashear-dynamic:push=linear,balance=0.5`; `held_out_most` is how many examples of a
+source a mix holds out at most.
 `mean` is the geometric mean over sources, `worst` the source whose perplexity is the largest multiple of the dense one.
 Rows that the output holds already, from the same protocol, are not repeated.
 """
@@ -31,6 +33,7 @@ from dataclasses import fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
@@ -39,15 +42,16 @@ from resumed import measured
 import secateur as sc
 from secateur.data import Corpus
 from secateur.importance import Taylor
+from secateur.importance.displacement import Displacement
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
 from secateur.pipeline import PACKAGES
-from secateur.recovery import RecoverySettings, train, with_adapters
+from secateur.recovery import RecoverySettings, sources, train, with_adapters
 from secateur.recovery.gradual import GradualPruning
 
 METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear:push=linear")
 KNOWLEDGE, DYNAMIC = "+knowledge", "-dynamic"
-OF_THE_RECOVERY = {field.name for field in fields(RecoverySettings)}
+OF_THE_RECOVERY = {field.name for field in fields(RecoverySettings)} | {"held_out_most"}
 
 
 def split(name: str, file: str, characters: int, held_out: int) -> tuple[Corpus, Corpus]:
@@ -83,8 +87,7 @@ def while_training(
     }  # fmt: skip
     if method == "loraprune":
         return sc.LoRAPrune(sparsity, **{"frequency": args.frequency, **common, **given})
-    kind = RandomUnits if method == "lorashear-random" else sc.LoRAShear
-    return kind(sparsity, **{"periods": args.periods, **common, **given})
+    return KINDS[method](sparsity, **{"periods": args.periods, **common, **given})
 
 
 class RandomUnits(sc.LoRAShear):
@@ -93,6 +96,16 @@ class RandomUnits(sc.LoRAShear):
     def _scores(self) -> dict[str, torch.Tensor]:
         assert self.live is not None
         return {name: torch.rand(self.live.groups.named(name).units) for name in self.candidates}
+
+
+class Unfloored(sc.LoRAShear):
+    """LoRAShear whose lambda is OTOv2's alone: what is left of a unit at the end of its period goes at once."""
+
+    def _half_space(self, found: Displacement, steps_left: int) -> torch.Tensor:
+        return super()._half_space(found, 10**9)
+
+
+KINDS = {"lorashear": sc.LoRAShear, "lorashear-random": RandomUnits, "lorashear-unfloored": Unfloored}
 
 
 def parsed(method: str) -> tuple[str, bool, bool, dict[str, Any], dict[str, Any]]:
@@ -111,9 +124,10 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     """One method at one sparsity from one seed."""
     args, begin = case.args, time.perf_counter()
     name, dynamic, knows, pruning_given, recovery_given = parsed(method)
+    held_out = recovery_given.pop("held_out_most", sources.HELD_OUT_MOST)
     mix, protect = "dynamic" if dynamic else "proportional", case.protect if knows else ()
     model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **recovery_given})
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, "HELD_OUT_MOST", held_out):
         if name == "llm-pruner":
             tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, args.samples, args.seq_len, seed)
             wanted = LLMPruner(sc.Budget(sparsity), Taylor(order=1), protect=protect, uniform=not protect)

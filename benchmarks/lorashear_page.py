@@ -15,6 +15,7 @@ NAMES = {
     "lorashear+knowledge": "LoRAShear, static, sensitive groups left whole",
     "lorashear-dynamic+knowledge": "LoRAShear, dynamic, sensitive groups left whole",
     "lorashear-random": "LoRAShear, random units",
+    "lorashear-unfloored": "LoRAShear, lambda without a floor",
 }
 Data = Mapping[str, Any]
 
