@@ -335,6 +335,29 @@ def test_the_command_prunes_pushes_and_resumes_like_any_other(secateur, checkpoi
     assert code == 2 and "half-space" in err and not (tmp_path / "o").exists()
 
 
+def test_the_command_spares_what_an_analysis_finds_and_mixes_its_data(secateur, checkpoint_folder, text_file, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(line[::-1] for line in text_file.read_text().splitlines()) + "\n")
+    knowledge, out = tmp_path / "knowledge.json", tmp_path / "out"
+    code, _, err = secateur(
+        "analyze", checkpoint_folder, "--text", text_file, "--seq-len", "16", "--samples", "8", "--json", knowledge
+    )
+    assert code == 0, err
+    code, _, err = secateur(
+        "prune", checkpoint_folder, "-o", out, "--method", "lorashear", "--sparsity", "0.2", "--steps", "8",
+        "--periods", "2", "--seq-len", "16", "--batch-size", "2", "--data", text_file, "--data", other,
+        "--mix", "dynamic", "--knowledge", knowledge, "--protect-share", "0.3", "--per-layer",
+    )  # fmt: skip
+    assert code == 0, err
+    results = json.loads((out / "results.json").read_text())
+    mix, plan = results["training"]["mix"], sc.PruningPlan.load(out / "plan.json")
+    assert [r["step"] for r in mix["rounds"]] == list(range(8)) and (out / "mix.svg").exists()
+    assert all(set(r["sources"]) == {"stories", "other"} for r in mix["rounds"])
+    protected = plan.provenance["knowledge"]["protected"]
+    assert protected and not set(protected) & set(plan.kept)
+    assert results["params"]["sparsity"] == pytest.approx(0.2, abs=0.02)
+
+
 @pytest.mark.parametrize("merge", [False, True])
 def test_no_adapter_is_written_where_earlier_ones_were_merged(checkpoint_folder, text_file, tmp_path, merge):
     recipe = parse_recipe(
