@@ -50,7 +50,8 @@ def _verdict(told: Data) -> str:
     if not told["trusted"]:
         return (
             f"{told['kind']}: none ranks better than chance for sure (the best, {told['criterion']}, "
-            f"{told['spearman']['value']:+.2f}; a random order may reach {told['luck']:+.2f})"
+            f"{told['spearman']['value']:+.2f}; a random order may reach {told['luck']:+.2f}"
+            f"{', and random scores are as good' if 'random' in told['not_worse'] else ''})"
         )
     others = f", not clearly worse {', '.join(told['not_worse'])}" if told["not_worse"] else ""
     figures = f"{told['spearman']['value']:+.2f}, by luck up to {told['luck']:+.2f}"

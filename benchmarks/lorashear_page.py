@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 NAMES = {
@@ -34,7 +34,7 @@ def compared(found: Iterable[Data]) -> list[str]:
             "",
             "| removed | method | seeds | " + " | ".join(sources) + " | mean | worst to dense |",
             "| --- | --- | ---: |" + " ---: |" * (len(sources) + 2),
-            _line("", "dense", 1, data["dense"]["perplexity"], data["dense"]["mean"], 1.0),
+            _line("", "dense", data["dense"]["perplexity"], [data["dense"]["mean"]], [1.0]),
         ]
         rows = data["rows"]
         for sparsity in sorted({r["sparsity"] for r in rows}):
@@ -42,15 +42,16 @@ def compared(found: Iterable[Data]) -> list[str]:
                 mine = [r for r in rows if (r["sparsity"], r["method"]) == (sparsity, method)]
                 if mine:
                     average = {s: statistics.mean(r["perplexity"][s] for r in mine) for s in sources}
-                    overall, worst = (statistics.mean(r[key] for r in mine) for key in ("mean", "worst_ratio"))
+                    overall, worst = ([r[key] for r in mine] for key in ("mean", "worst_ratio"))
                     removed = f"{statistics.mean(r['reached'] for r in mine):.2%}"
-                    lines.append(_line(removed, _name(method), len(mine), average, overall, worst))
+                    lines.append(_line(removed, _name(method), average, overall, worst))
         lines.append("")
     head = [
         "## LoRAShear, and what recovers on what",
         "",
         "`benchmarks/lorashear.py`: every row trains on the same number of tokens. `mean` is the geometric mean over",
-        "sources, `worst to dense` the largest ratio of a source's perplexity to the dense model's; means over seeds.",
+        "sources, `worst to dense` the largest ratio of a source's perplexity to the dense model's; means over seeds",
+        "and their standard deviations.",
         "",
     ]
     return [*head, *lines] if lines else []
@@ -68,6 +69,13 @@ def _place(method: str) -> tuple[int, str]:
     return list(NAMES).index(base), given
 
 
-def _line(removed: str, name: str, seeds: int, values: Mapping[str, float], mean: float, worst: float) -> str:
+def _line(removed: str, name: str, values: Mapping[str, float], means: Sequence[float], worst: Sequence[float]) -> str:
+    """A row; `means` and `worst` by seed."""
     figures = " | ".join(f"{value:.2f}" for value in values.values())
-    return f"| {removed} | {name} | {seeds} | {figures} | {mean:.2f} | {worst:.3f} |"
+    return f"| {removed} | {name} | {len(means)} | {figures} | {_spread(means, 2)} | {_spread(worst, 3)} |"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    """The mean, and the standard deviation over seeds."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")

@@ -141,6 +141,17 @@ def test_random_is_never_taken():
     assert not told["trusted"] and told["luck"] > 0.5  # although its interval lies above zero
 
 
+def test_a_criterion_that_random_equals_is_not_trusted():
+    """Eight units, all pairs: a lucky order is as good as one that says something."""
+    removed = [Removal("k", "sets", {"g": (u, v)}) for u in range(40) for v in range(u)]
+    costs = [float(sum(r.units["g"])) for r in removed]
+    good = Agreement("l2", "k", "sets", 9, Interval(0.9, 0.8, 1.0), Interval(0, 0, 0), 0.2)
+    for value, trusted in ((0.85, False), (0.1, True)):
+        other = Agreement("random", "k", "sets", 9, Interval(value, value - 0.1, value + 0.1), Interval(0, 0, 0), 0.2)
+        (told,) = verdicts([good, other], removed, costs, 0)
+        assert told["trusted"] is trusted
+
+
 def test_costs_are_those_of_slicing_and_the_model_is_restored(trained, tokenizer, text_file):
     model = copy.deepcopy(trained).double()
     groups, corpus = sc.discover(model), sc.load_corpus(text_file)

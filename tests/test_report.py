@@ -189,6 +189,66 @@ def test_compare_over_methods_ratios_and_seeds(secateur, results, run, tmp_path)
     assert [file.suffix for file in (tmp_path / "figures").iterdir()] == [".png"]
 
 
+def test_runs_of_other_settings_are_not_averaged(results, tmp_path):
+    """A sweep over rankings and seeds: one mean for each ranking."""
+    places = []
+    for ranking, shift in (("local", 0.0), ("global", 200.0)):
+        for seed in (1, 2, 3):
+            one = changed(
+                results,
+                recipe=results["recipe"] | {"seed": seed, "prune": results["recipe"]["prune"] | {"ranking": ranking}},
+            )
+            one["protocol"] |= {"seed": seed}
+            for text in one["perplexity"].values():
+                text["recovered"] = 100.0 + seed + shift
+            places.append(write(tmp_path / f"{ranking}-{seed}", one))
+    found = report.compare(report.read_runs(places))
+    assert {line.method for line in found.lines} == {"llm-pruner, ranking=local", "llm-pruner, ranking=global"}
+    assert {(m.method, m.seeds, m.mean, m.deviation) for m in found.means} == {
+        ("llm-pruner, ranking=local", (1, 2, 3), 102.0, 1.0), ("llm-pruner, ranking=global", (1, 2, 3), 302.0, 1.0),
+    }  # fmt: skip
+    (picture,) = report.comparison_pictures(report.read_runs(places))
+    labels = [text.get_text() for legend in picture.figure.legends for text in legend.get_texts()]
+    assert any("ranking=global" in label for label in labels)
+
+
+TASKS = {"n": 100, "of": 250, "metric": "acc", "value": 0.6, "stderr": 0.05, "acc": 0.6, "acc_stderr": 0.05}
+
+
+def test_an_evaluation_of_tasks_alone_shows_its_figures(results, tmp_path):
+    alone = {name: results[name] for name in ("schema", "model", "protocol")}
+    average = {"value": 0.6, "stderr": 0.05, "tasks": 2, "metrics": {"piqa": "acc", "boolq": "acc"}}
+    place = write(tmp_path / "eval", alone | {"command": "eval", "tasks": {"piqa": TASKS}, "tasks_average": average})
+    (run,) = report.read_runs([place])
+    told = report.markdown([run])
+    assert "0.600 ± 0.050" in told and "acc of piqa, acc of boolq" in told
+
+
+@pytest.mark.parametrize(("now", "word", "tone"), [(0.3, "Worse by", "bad"), (0.57, "Worse by", "plain")])
+def test_what_a_cut_cost_is_told_by_tasks_where_no_text_was_measured(results, tmp_path, now, word, tone):
+    after = TASKS | {"value": now, "acc": now}
+    other = changed(results, perplexity={}, tasks={"piqa": {"dense": TASKS, "recovered": after}})
+    (run,) = report.read_runs([write(tmp_path / "tasks", other)])
+    (headline,) = [h for h in report.facts.headlines(run) if "by" in h.question and "acc of piqa" in h.detail]
+    assert (headline.question, headline.figure, headline.tone) == (word, f"{100 * (0.6 - now):.1f} points", tone)
+    assert any("measured on the same tasks" in check.text for check in report.checks.checks(run))
+
+
+def test_adapters_are_compared_by_what_is_left_of_them_and_by_their_tasks(secateur, results, tmp_path):
+    places = []
+    for seed, value in ((1, 0.6), (2, 0.7)):
+        one = tuned(results) | {"protocol": results["protocol"] | {"seed": seed},
+                                "tasks": {"sst2": {"dense": TASKS, "tuned": TASKS | {"value": value, "acc": value}}},
+                                }  # fmt: skip
+        places.append(write(tmp_path / f"seed-{seed}", one))
+    found = report.compare(report.read_runs(places))
+    assert {(line.sparsity, line.of_adapter, line.parameters) for line in found.lines} == {(0.5, True, 400)}
+    assert [line.tasks["sst2"] for line in found.lines] == [("acc", 0.6), ("acc", 0.7)]
+    assert {(m.method, m.sparsity, m.stage, m.seeds) for m in found.means} == {("prunedlora", 0.5, "tuned", (1, 2))}
+    code, out, err = secateur("compare", *places)
+    assert code == 0 and "of the" in out and "0.700" in out, err
+
+
 def test_figures_that_do_not_compare_are_said_to(results, tmp_path):
     other = changed(results)
     other["model"] = results["model"] | {"sha256": "0" * 64}

@@ -53,6 +53,25 @@ def test_the_second_part_of_a_hellaswag_context_is_what_follows_its_last_sentenc
     assert found["ctx_b"] == second and f"{found['ctx_a']} {second}".strip() == context
 
 
+@pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.parametrize("layout", ["whole", "part", "flat"])
+def test_examples_never_come_from_what_is_evaluated(task, layout, tmp_path):
+    rows, _ = task_files.items(task)
+    found = TASKS[task]
+    begin = {"whole": 0, "part": 1, "flat": -1}[layout]
+    evaluated, training = ("/".join(stem.split("/")[begin:]) for stem in (found.file, found.training))
+    task_files.write(tmp_path / f"{evaluated}.jsonl", rows)
+    with pytest.raises(DataError, match="few-shot examples"):
+        local_items(found, tmp_path, with_training=True)
+    if training != evaluated:
+        task_files.write(tmp_path / f"{training}.jsonl", rows)
+        with pytest.raises(DataError, match="holds the items that are evaluated"):
+            local_items(found, tmp_path, with_training=True)
+        task_files.write(tmp_path / f"{training}.jsonl", [*rows, *rows])
+        items = local_items(found, tmp_path, with_training=True)
+        assert items.training_sha256 != items.sha256 and len(items.training) == 2 * len(items.rows)
+
+
 def test_wrong_files_are_told_by_name_and_row(tmp_path):
     with pytest.raises(
         DataError, match=r"piqa: .* has neither zeroshot/piqa.jsonl nor piqa.jsonl .*put the file there"

@@ -135,7 +135,8 @@ def _show_audit(results: dict[str, Any]) -> None:
         if not told["trusted"]:
             out.print(
                 f"{told['kind']}: no criterion ranks better than chance for sure: the best, {told['criterion']}, has "
-                f"{told['spearman']['value']:+.2f}, and a random order of the units may reach {told['luck']:+.2f}",
+                f"{told['spearman']['value']:+.2f}, a random order of the units may reach {told['luck']:+.2f}"
+                f"{', and random scores are as good' if 'random' in told['not_worse'] else ''}",
                 soft_wrap=True,
             )
             continue

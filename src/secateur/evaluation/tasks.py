@@ -123,23 +123,34 @@ def local_items(task: Task, folder: Path, *, with_training: bool) -> Items:
     rows, sha256 = _rows(task, file)
     if not with_training:
         return Items(rows, None, str(file), sha256, None)
-    shots = _file(task, task.training, folder, ", from which few-shot examples come")
+    shots = _file(task, task.training, folder, ", from which few-shot examples come", beside=task.file)
     training, training_sha256 = _rows(task, shots)
+    if training_sha256 == sha256:
+        raise DataError(
+            f"{task.name}: {shots}, from which few-shot examples come, holds the items that are evaluated; put the "
+            "training split there, or ask for no examples"
+        )
     return Items(rows, training, f"{file}, {shots}", sha256, training_sha256)
 
 
-def _file(task: Task, stem: str, folder: Path, what_for: str) -> Path:
-    """The file of a split: below the folder as it is laid out, or right in it."""
+def _file(task: Task, stem: str, folder: Path, what_for: str, beside: str = "") -> Path:
+    """The file of a split: below the folder as it is laid out, or in a part of these folders, or right in it.
+
+    Args:
+        beside: the split that is evaluated, whose bare name is not looked for.
+    """
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder; --task-data takes one that holds {stem}.jsonl")
-    short = stem.rpartition("/")[2]
-    places = [folder / f"{name}{suffix}" for name in dict.fromkeys((stem, short)) for suffix in SUFFIXES]
+    parts = stem.split("/")
+    names = ["/".join(parts[i:]) for i in range(len(parts))]
+    names = [name for name in names if name != beside.rpartition("/")[2]]
+    places = [folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES]
     for place in places:
         if place.is_file():
             return place
     raise DataError(
-        f"{task.name}: {folder} has neither {stem}.jsonl nor {short}.jsonl (or .jsonl.gz, .jsonl.xz){what_for}; put "
-        "the file there, or leave out --task-data to take the items from the hub"
+        f"{task.name}: {folder} has neither {stem}.jsonl nor {names[-1]}.jsonl (or .jsonl.gz, .jsonl.xz){what_for}; "
+        "put the file there, or leave out --task-data to take the items from the hub"
     )
 
 

@@ -118,7 +118,8 @@ def verdicts(
     """For each kind, which criterion to take, and whether it says anything at all: by sets, if any were removed.
 
     Pruning removes many units at once, and what a set costs stands out of the noise that a single unit drowns in. A
-    criterion says something if its interval lies above zero, and its value above what a random order may reach.
+    criterion says something if its interval lies above zero, its value above what a random order may reach, and it is
+    clearly better than `random`, where that is among the criteria.
     """
     told = []
     for kind in dict.fromkeys(a.kind for a in found):
@@ -132,7 +133,7 @@ def verdicts(
                 "spearman": asdict(first.spearman),
                 "not_worse": as_good,
                 "luck": by_luck,
-                "trusted": first.spearman.low > 0 and first.spearman.value > by_luck,
+                "trusted": first.spearman.low > 0 and first.spearman.value > by_luck and "random" not in as_good,
             }
         )
     return told

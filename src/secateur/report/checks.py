@@ -37,8 +37,14 @@ def verdict(run: Run) -> str:
 
 
 def _baseline(run: Run) -> Iterator[Check]:
+    tasks = run.results.tasks
     if not run.texts and run.results.knowledge is None:
-        yield Check("no", "No perplexity was measured, so what the cut cost is not known.")
+        if not tasks:
+            yield Check("no", "Neither perplexity nor tasks were measured, so what the cut cost is not known.")
+        elif run.last_stage is not None and any("dense" not in stages for stages in tasks.values()):
+            yield Check("no", "The dense model was not measured on the same tasks.")
+        elif run.last_stage is not None:
+            yield Check("yes", "The dense model was measured on the same tasks, in the same way.")
         return
     if not run.cuts and run.last_stage is None:
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from secateur.report.figures import Picture, legend, new_figure, plain_log, styl
 from secateur.report.reading import Run
 from secateur.report.schema import Text
 from secateur.report.svg import styled
+from secateur.report.variants import variants
 
 Measured = tuple[Any, ...]  # what a perplexity was measured on and how
 
@@ -23,11 +24,13 @@ class Line:
     Attributes:
         run: its name.
         model: what it began with.
-        method: the method's name.
-        sparsity: share of all parameters removed; None if none were.
+        method: its name, and the settings in which its runs differ (`variants`).
+        sparsity: share of all parameters removed; of an adapter's, where the run made one smaller; None if none were.
+        of_adapter: whether it was an adapter that was made smaller.
         seed: of the run.
-        parameters: of the model that is left; None if none was cut.
+        parameters: of what is left, model or adapter; None if none was cut.
         perplexity: text -> stage -> perplexity.
+        tasks: task -> its metric, and its value at the last stage.
         tasks_average: of the last stage.
         prefill_speedup, decode_speedup: tokens per second over the dense model's, timed in turn with it.
         macs: what a prompt takes less, in words; empty if not counted.
@@ -38,9 +41,11 @@ class Line:
     model: str
     method: str
     sparsity: float | None
+    of_adapter: bool
     seed: int | None
     parameters: int | None
     perplexity: dict[str, dict[str, float]]
+    tasks: dict[str, tuple[str, float]]
     tasks_average: float | None
     prefill_speedup: float | None
     decode_speedup: float | None
@@ -50,10 +55,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Mean:
-    """Runs that differ in their seed only, as far as the table shows.
+    """Runs that differ in their seed only.
 
     Attributes:
-        method, sparsity: that they share.
+        method, sparsity: that they share; the method with the settings in which its runs differ.
         text: measured on.
         stage: that they ended with.
         seeds: of the runs.
@@ -91,24 +96,28 @@ class Comparison:
 def compare(runs: Sequence[Run]) -> Comparison:
     """Set runs side by side; a knowledge distribution is no run of a method, and left out."""
     methods = [run for run in runs if run.results.knowledge is None]
-    return Comparison(tuple(map(_line, methods)), tuple(_means(methods)), tuple(_warnings(methods)))
+    lines = tuple(_line(run, name) for run, name in zip(methods, variants(methods), strict=True))
+    return Comparison(lines, tuple(_means(methods)), tuple(_warnings(methods)))
 
 
-def _line(run: Run) -> Line:
+def _line(run: Run, variant: str) -> Line:
     results, stages = run.results, (*run.stages, "value")
     timed = results.benchmark.ratios if results.benchmark else None
     average = results.tasks_average.get(run.last_stage or "", results.tasks_average)
+    scores = {task: found.get(run.last_stage or "", found) for task, found in results.tasks.items()}
     return Line(
         run=run.name,
         model=run.steps[0].model.source,
-        method=run.method,
-        sparsity=run.sparsity,
+        method=variant,
+        sparsity=run.share,
+        of_adapter=run.adapter is not None,
         seed=results.protocol.seed,
-        parameters=int(run.cuts[-1].params["pruned"]) if run.cuts else None,
+        parameters=int(run.cuts[-1].params["pruned"]) if run.cuts else run.adapter[1] if run.adapter else None,
         perplexity={
             name: {stage: value for stage in stages if (value := text.at(stage)) is not None}
             for name, text in run.texts.items()
         },
+        tasks={task: (score["metric"], score["value"]) for task, score in scores.items() if "metric" in score},
         tasks_average=average.get("value"),
         prefill_speedup=1 / timed["prefill_s"] if timed else None,
         decode_speedup=1 / timed["decode_s"] if timed else None,
@@ -153,12 +162,13 @@ def _warnings(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _means(runs: Sequence[Run]) -> Iterator[Mean]:
-    """Means over runs with several seeds, alike in method, ratio (to a tenth of a percent) and protocol."""
+    """Means over runs with several seeds, alike in method, settings, ratio (to a tenth of a percent) and protocol."""
+    named = dict(zip((id(run) for run in runs), variants(runs), strict=True))
     for name, same in _same(runs).items():
         alike: dict[tuple[str, float, str, str | None], list[tuple[int | None, float]]] = {}
         for run, text in same:
-            if run.sparsity is not None and run.last_stage and (value := text.at(run.last_stage)) is not None:
-                key = (run.method, round(run.sparsity, 3), run.last_stage, run.steps[0].model.sha256)
+            if run.share is not None and run.last_stage and (value := text.at(run.last_stage)) is not None:
+                key = (named[id(run)], round(run.share, 3), run.last_stage, run.steps[0].model.sha256)
                 alike.setdefault(key, []).append((run.results.protocol.seed, value))
         for (method, sparsity, stage, _), found in alike.items():
             seeds, values = zip(*found, strict=True)
@@ -168,16 +178,17 @@ def _means(runs: Sequence[Run]) -> Iterator[Mean]:
 
 def comparison_pictures(runs: Sequence[Run]) -> list[Picture]:
     """For each text the perplexity against the share of parameters removed, a line for each method."""
+    named = dict(zip((id(run) for run in runs), variants(runs), strict=True))
     with styled():
-        return [picture for name, same in _same(runs).items() for picture in _curves(name, same)]
+        return [picture for name, same in _same(runs).items() for picture in _curves(name, same, named)]
 
 
-def _curves(name: str, same: Sequence[tuple[Run, Text]]) -> Iterator[Picture]:
-    """One text. Points of a method are joined in the order of their sparsity, seeds by their mean."""
+def _curves(name: str, same: Sequence[tuple[Run, Text]], named: Mapping[int, str]) -> Iterator[Picture]:
+    """One text. Points of a method with the same settings are joined in order of sparsity, seeds by their mean."""
     points: dict[str, dict[str, dict[float, list[float]]]] = {}
     for run, text in ((r, t) for r, t in same if r.sparsity is not None):
         for stage in (s for s in run.stages if s != "dense" and text.at(s) is not None):
-            at = points.setdefault(run.method, {}).setdefault(stage, {})
+            at = points.setdefault(named[id(run)], {}).setdefault(stage, {})
             at.setdefault(round(run.sparsity or 0.0, 3), []).append(text.at(stage) or 0.0)
     dense = [text.dense for run, text in same if text.dense is not None and run.sparsity is not None]
     if not points:
@@ -224,7 +235,8 @@ def comparison_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
         for name in dict.fromkeys(n for line in found.lines for n in line.perplexity)
         for stage in dict.fromkeys(s for line in found.lines for s in line.perplexity.get(name, {}))
     ]
-    tasks = any(line.tasks_average is not None for line in found.lines)
+    average = any(line.tasks_average is not None for line in found.lines)
+    tasks = list(dict.fromkeys((task, metric) for line in found.lines for task, (metric, _) in line.tasks.items()))
     names = [f"{name} {'' if stage == 'value' else stage}".strip() for name, stage in columns]
     head = [
         "run",
@@ -233,24 +245,33 @@ def comparison_table(found: Comparison) -> tuple[list[str], list[list[str]]]:
         "removed",
         "parameters",
         *names,
-        *(["tasks"] if tasks else []),
+        *(f"{task} {metric}" for task, metric in tasks),
+        *(["tasks"] if average else []),
         "prefill to dense",
         "decoding to dense",
     ]
     rows = []
     for line in found.lines:
         figures = [cell(line.perplexity.get(name, {}).get(stage), "{:.2f}") for name, stage in columns]
+        of_tasks = [(line.tasks.get(task, ("", None)), metric) for task, metric in tasks]
         rows.append(
             [
                 line.run,
                 line.method,
                 cell(line.seed, "{}"),
-                "nothing" if line.sparsity is None else f"{line.sparsity:.1%}",
+                _removed(line),
                 cell(line.parameters, "{:,}"),
                 *figures,
-                *([cell(line.tasks_average, "{:.3f}")] if tasks else []),
+                *(cell(value if metric == of else None, "{:.3f}") for (metric, value), of in of_tasks),
+                *([cell(line.tasks_average, "{:.3f}")] if average else []),
                 cell(line.prefill_speedup, "{:.2f}"),
                 cell(line.decode_speedup, "{:.2f}"),
             ]
         )
     return head, rows
+
+
+def _removed(line: Line) -> str:
+    if line.sparsity is None:
+        return "nothing"
+    return f"{line.sparsity:.1%}{' of the adapter' if line.of_adapter else ''}"

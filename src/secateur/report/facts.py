@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -149,7 +150,30 @@ def worse(run: Run) -> Headline:
             f"perplexity on {name}, {windows(text)}: {detail}{more}",
             "bad" if change > 0 else "good",
         )
-    return Headline("Worse by", NOT_MEASURED, "no text was evaluated on both the dense and the final model", "missing")
+    return _worse_at_tasks(run) or Headline(
+        "Worse by", NOT_MEASURED, "no text was evaluated on both the dense and the final model", "missing"
+    )
+
+
+def _worse_at_tasks(run: Run) -> Headline | None:
+    """How many points the average of tasks fell, or the only task; None if the two ends were not measured."""
+    average, tasks = run.results.tasks_average, run.results.tasks
+    scores, what = average, "average of tasks"
+    if not average and len(tasks) == 1:
+        ((task, scores),) = tasks.items()
+        what = f"{next(iter(scores.values()))['metric']} of {task}" if run.last_stage in scores else task
+    before, after = scores.get("dense"), scores.get(run.last_stage or "")
+    if before is None or after is None:
+        return None
+    change = after["value"] - before["value"]
+    path = [(s, scores[s]) for s in run.stages if s in scores]
+    detail = " → ".join(f"{_with_error(score['value'], score.get('stderr'))} ({s})" for s, score in path)
+    errors = [score.get("stderr") for score in (before, after)]
+    sure = None not in errors and abs(change) > 2 * math.hypot(*errors)
+    noise = "" if sure else ". This may be noise: it is less than two standard errors"
+    tone: Tone = ("good" if change > 0 else "bad") if sure else "plain"
+    name = "Better by" if change > 0 else "Worse by"
+    return Headline(name, f"{100 * abs(change):.1f} points", f"{what}: {detail}{noise}", tone)
 
 
 def windows(text: Text) -> str:
@@ -160,7 +184,10 @@ def windows(text: Text) -> str:
 
 def table(run: Run) -> tuple[list[str], list[Row]]:
     """The stages, and a row for each quantity that was measured of any of them."""
-    stages = run.stages or (["value"] if any(t.value is not None for t in run.texts.values()) else [])
+    alone = any(t.value is not None for t in run.texts.values()) or any(
+        "metric" in t for t in run.results.tasks.values()
+    )
+    stages = run.stages or (["value"] if alone else [])
     rows = [*_sizes(run, stages), *_perplexities(run, stages), *_tasks(run, stages), *_speeds(run, stages)]
     return ["model" if stage == "value" else stage for stage in stages], rows
 
@@ -209,8 +236,9 @@ def _tasks(run: Run, stages: list[str]) -> list[Row]:
     by_stage = {"value": average} if "value" in average else average
     if by_stage:
         cells = {stage: _with_error(mean["value"], mean.get("stderr")) for stage, mean in by_stage.items()}
-        count = next(iter(by_stage.values()))["tasks"]
-        how = f"mean of {count} tasks; higher is better"
+        first = next(iter(by_stage.values()))
+        taken = ", ".join(f"{metric} of {task}" for task, metric in first.get("metrics", {}).items())
+        how = f"mean of {first['tasks']} tasks{f' ({taken})' if taken else ''}; higher is better"
         rows.append(Row("Average of tasks", tuple(cells.get(stage, NOT_MEASURED) for stage in stages), how))
     return rows
 

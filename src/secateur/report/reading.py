@@ -72,6 +72,19 @@ class Run:
         """Share of the parameters that the last cut removed."""
         return self.cuts[-1].params["sparsity"] if self.cuts else None
 
+    @property
+    def adapter(self) -> tuple[int, int] | None:
+        """Parameters of an adapter before and after it was made smaller; None if the run did no such thing."""
+        params = self.results.params
+        return (int(params["initial"]), int(params["final"])) if {"initial", "final"} <= set(params) else None
+
+    @property
+    def share(self) -> float | None:
+        """Share of parameters removed, of the model or else of the adapter."""
+        if self.sparsity is None and self.adapter:
+            return 1 - self.adapter[1] / self.adapter[0]
+        return self.sparsity
+
     @cached_property
     def texts(self) -> dict[str, Text]:
         """Perplexities since the last cut by name of the text, the stages of all steps side by side.
