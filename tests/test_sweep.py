@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import task_files
 import torch
 
 from secateur.config import load_job
@@ -100,6 +101,19 @@ def test_what_decides_the_results_decides_the_name(recipe, tmp_path, monkeypatch
         sweep_keys.name_of(long, "k" * 64)
         == ("method-lorashear_texts-" + "a-b-" * 30)[:60].rstrip("-") + "-" + "k" * 10
     )
+
+
+def test_items_of_tasks_decide_it_too(recipe, tmp_path):
+    rows, _ = task_files.items("piqa")
+    task_files.write(tmp_path / "data" / "piqa.jsonl", rows)
+    overrides = ["evaluation.tasks=[piqa]", f"evaluation.task_data={tmp_path / 'data'}"]
+    combinations = load_job(recipe, overrides).combinations[:1]
+    keys = [sweep_keys.keys_of(combinations) for _ in range(2)]
+    task_files.write(tmp_path / "data" / "train" / "piqa.jsonl", rows[:2])
+    keys.append(sweep_keys.keys_of(combinations))
+    task_files.write(tmp_path / "data" / "piqa.jsonl", rows[:3])
+    keys.append(sweep_keys.keys_of(combinations))
+    assert keys[0] == keys[1] and len({key for (key,) in keys}) == 3
 
 
 def test_folders_that_are_no_sweeps_or_in_use_are_left_alone(recipe, instant, tmp_path):

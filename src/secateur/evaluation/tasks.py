@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,18 @@ def local_items(task: Task, folder: Path, *, with_training: bool) -> Items:
             "training split there, or ask for no examples"
         )
     return Items(rows, training, f"{file}, {shots}", sha256, training_sha256)
+
+
+def local_files(task: Task, folder: Path) -> list[Path]:
+    """The file of a task that is evaluated, and that of its examples if there is one.
+
+    Raises:
+        DataError: the first is missing.
+    """
+    found = [_file(task, task.file, folder, "")]
+    with suppress(DataError):
+        found.append(_file(task, task.training, folder, "", beside=task.file))
+    return found
 
 
 def _file(task: Task, stem: str, folder: Path, what_for: str, beside: str = "") -> Path:

@@ -13,18 +13,19 @@ from secateur.checkpoint import checkpoint_sha256, local_folder
 from secateur.config import Combination, Recipe
 from secateur.data import file_sha256
 from secateur.errors import KnowledgeError
+from secateur.evaluation.tasks import local_files, task_named
 from secateur.pipeline.kept import key_of
 
 SHOWN, HASHED = 60, 10  # characters of a run's name: of its settings at most, and of its hash
 
 
 def keys_of(combinations: Sequence[Combination]) -> list[str]:
-    """A hash for each run, over its recipe, the model's weights, the texts, and the version of Secateur.
+    """A hash for each run, over its recipe, the model's weights, texts, items of tasks, and the version of Secateur.
 
     What lies on the hub goes in by name; local models and files by their bytes, each read once.
 
     Raises:
-        DataError: a text is not there.
+        DataError: a text, or a file of a task, is not there.
         KnowledgeError: a knowledge file is not there.
     """
     model, text, knowledge = cache(_model), cache(file_sha256), cache(_knowledge)
@@ -34,6 +35,7 @@ def keys_of(combinations: Sequence[Combination]) -> list[str]:
             "recipe": recipe.model_dump(mode="json"),
             "model": model(recipe.model.source),
             "texts": {name: text(name) for name in texts_of(recipe)},
+            "tasks": [text(str(file)) for file in _task_files(recipe)],
             "knowledge": knowledge(recipe.prune.knowledge),
             "secateur": version("secateur"),
         }
@@ -46,6 +48,15 @@ def texts_of(recipe: Recipe) -> list[str]:
     scores = recipe.tune is None and not recipe.method.trains
     calibration = [recipe.prune.calibration.source] if scores else []
     return [*calibration, *(recipe.recovery.data if recipe.recovery else ()), *recipe.evaluation.texts]
+
+
+def _task_files(recipe: Recipe) -> list[Path]:
+    """The local files of the tasks that a recipe evaluates."""
+    evaluation = recipe.evaluation
+    if evaluation.task_data is None:
+        return []
+    folder = Path(evaluation.task_data)
+    return [file for name in evaluation.tasks for file in local_files(task_named(name), folder)]
 
 
 def name_of(combination: Combination, key: str) -> str:
