@@ -14,7 +14,7 @@ from test_loraprune import adapted, losses, trained
 from transformers import TrainerCallback
 
 import secateur as sc
-from secateur import pipeline
+from secateur import pipeline, report
 from secateur.config import parse_recipe
 from secateur.discovery.reference import plain_logits
 from secateur.discovery.trace import probe_ids
@@ -354,6 +354,8 @@ def test_the_command_spares_what_an_analysis_finds_and_mixes_its_data(secateur, 
     assert [r["step"] for r in mix["rounds"]] == list(range(8)) and (out / "mix.svg").exists()
     assert all(set(r["sources"]) == {"stories", "other"} for r in mix["rounds"])
     protected = plan.provenance["knowledge"]["protected"]
+    (run,) = report.read_runs([out])
+    assert {"knowledge", "sparsity"} <= {picture.name for picture in report.pictures(run)}
     assert protected and not set(protected) & set(plan.kept)
     assert results["params"]["sparsity"] == pytest.approx(0.2, abs=0.02)
 

@@ -29,14 +29,14 @@ class Protection:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def record(self, source: Checkpoint, results: Results) -> None:
-        """Note in the protocol of a cut what is protected.
+        """Note in the protocol of a cut what is protected, and the analysis itself, which a report draws.
 
         Raises:
             KnowledgeError: the analysis was made of another checkpoint.
         """
         if self.knowledge is not None:
             self.knowledge.check_checkpoint(source.sha256)
-            results["protocol"]["knowledge"] = dict(self.facts)
+            results["protocol"]["knowledge"] = {**self.facts, "analysis": self.knowledge.to_json()}
 
 
 def protection(prune: PruneSettings) -> Protection:

@@ -248,17 +248,21 @@ def _ranks(run: Run) -> Iterator[Picture]:
 
 
 def _knowledge(run: Run) -> Iterator[Picture]:
-    """What cutting each group alone does to perplexity."""
-    if run.results.knowledge is None:
+    """What cutting each group alone does to perplexity, where that was measured or decided what to leave whole."""
+    found, sensitive = run.results.knowledge, list(run.results.most_sensitive)
+    for step in run.since_cut:
+        if found is None and step.protocol.knowledge and "analysis" in step.protocol.knowledge:
+            found, sensitive = step.protocol.knowledge["analysis"], step.protocol.knowledge["protected"]
+    if found is None:
         return
-    knowledge = Knowledge.from_json(run.results.knowledge, str(run.place))
+    knowledge = Knowledge.from_json(found, str(run.place))
     families = families_of(knowledge)
     figure, panels = new_figure(len(families), height=2.4)
     for axes, (family, trials) in zip(panels, families.items(), strict=True):
-        draw_family(axes, knowledge, family, trials, run.results.most_sensitive)
+        draw_family(axes, knowledge, family, trials, sensitive)
         axes.set_title(kind_name(trials[0].kind))
         axes.set_ylabel("above dense [%]")
-    figure.legend(handles=key_of_lines(knowledge, run.results.most_sensitive), loc="outside lower left", ncols=2)
+    figure.legend(handles=key_of_lines(knowledge, sensitive), loc="outside lower left", ncols=2)
     told = (
         f"Perplexity above the dense one ({knowledge.dense.value:.2f} on {knowledge.dense.text}) when a part of one "
         "group alone is cut. Rings mark the most sensitive groups."

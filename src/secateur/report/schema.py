@@ -158,6 +158,7 @@ class Protocol(Facts):
     settings: dict[str, Any] = {}
     calibration: Hashed | None = None
     tasks: dict[str, Any] | None = None
+    knowledge: dict[str, Any] | None = None
 
 
 class Results(Facts):
