@@ -4,19 +4,23 @@
         --output benchmarks/results/untuned_stories260K.json
 
 A method is a criterion, alone or with what makes up for the cut: `gate`, `gate+ridge` (what a matrix put out before,
-with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out). Seeds draw the calibration text.
-Block-wise, uniform widths, local ranking. Rows that the output holds already, from the same protocol, are not repeated.
+with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out). Settings of the cut, or shares of
+kinds, may follow after a colon: `gate+ridge:uniform=false,ranking=global`, `gate+ridge:kv_group=0.75`. Seeds draw the
+calibration text. Block-wise; uniform widths and local ranking if not said otherwise. Rows that the output holds
+already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from resumed import measured
 
 import secateur as sc
@@ -30,6 +34,7 @@ FORMS = {"": None, "ridge": Compensation("ridge"), "ridge-dense": Compensation("
 METHODS = tuple(
     criterion + (f"+{form}" if form else "") for criterion in ("taylor-1", "taylor-2", "gate") for form in FORMS
 )
+SETTINGS = {field.name for field in fields(LLMPruner)}
 
 
 class Case:
@@ -40,7 +45,7 @@ class Case:
         self.source.model.float()
         self.text, self.data = sc.load_corpus(args.text), sc.load_corpus(args.data)
         self.dense = self.perplexity(self.source.model)
-        self.plans: dict[tuple[str, float, int], PruningPlan] = {}
+        self.plans: dict[tuple[str, str, float, int], PruningPlan] = {}
 
     def perplexity(self, model: Any) -> Any:
         return sc.perplexity(model, self.source.tokenizer, self.text, seq_len=self.args.seq_len, batch_size=16)
@@ -49,17 +54,21 @@ class Case:
         args = self.args
         return sc.calibration_tokens(self.data, self.source.tokenizer, args.samples, args.calibration_length, seed)
 
-    def plan(self, criterion: str, sparsity: float, seed: int) -> PruningPlan:
+    def plan(self, criterion: str, given: str, sparsity: float, seed: int) -> PruningPlan:
         """Made once for all forms of compensation."""
-        key = criterion, sparsity, seed
+        key = criterion, given, sparsity, seed
         if key not in self.plans:
-            settings = LLMPruner(sc.Budget(sparsity), CRITERIA[criterion])
+            options = {k: yaml.safe_load(v) for k, v in (option.split("=") for option in given.split(",") if option)}
+            shares = {kind: value for kind, value in options.items() if kind not in SETTINGS}
+            options = {name: value for name, value in options.items() if name in SETTINGS}
+            settings = LLMPruner(sc.Budget(sparsity), CRITERIA[criterion], kind_ratios=shares, **options)
             self.plans[key] = run(self.source.model, [self.tokens(seed)], settings).plan
         return self.plans[key]
 
     def row(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
-        criterion, _, form = method.partition("+")
-        plan = self.plan(criterion, sparsity, seed)
+        name, _, given = method.partition(":")
+        criterion, _, form = name.partition("+")
+        plan = self.plan(criterion, given, sparsity, seed)
         begin = time.perf_counter()
         small, done = cut(self.source.model, plan, [self.tokens(seed)], FORMS[form])
         return {
