@@ -155,3 +155,30 @@ def options(found: Iterable[Data]) -> list[str]:
         figures = [f"{r[method]['loss']:.3f}" if "loss" in r[method] else "broke" for r in losses if method in r]
         lines.append(f"| {name} | " + " | ".join(figures) + " |")
     return [*lines, ""]
+
+
+def memory(found: Iterable[Data]) -> list[str]:
+    """Memory and time at a large rank, at a small one, and from the one to the other."""
+    lines: list[str] = []
+    for data in found:
+        p, rows = data["protocol"], data["rows"]
+        lines += [
+            "## What a large initial rank costs",
+            "",
+            f"`benchmarks/rank_memory.py`: a random Llama of {rows[0]['parameters']:,} parameters in {p['dtype']} on "
+            f"{p['device']}, steps of {p['samples']} x {p['seq_len']} tokens, LoRA on all linear modules; `pruned` "
+            f"goes from rank {p['initial_rank']} to {p['target_rank']} at once. `state` is trainable parameters and "
+            "the optimizer's state, exactly; the peak counts the weights.",
+            "",
+            "| way | part of the run | state | peak | seconds of a step |",
+            "| --- | --- | ---: | ---: | ---: |",
+        ]
+        for r in rows:
+            if "failed" in r:
+                lines.append(f"| {r['way']} | | | | {r['failed']} |")
+                continue
+            for part in ("before", "after"):
+                sizes = [f"{r[part][name] / 2**20:,.0f} MiB" for name in ("state_bytes", "peak_bytes")]
+                lines.append(f"| {r['way']} | {part} | {sizes[0]} | {sizes[1]} | {r[part]['seconds']:.3f} |")
+        lines.append("")
+    return lines

@@ -178,6 +178,7 @@ def prunedlora() -> list[str]:
     return [
         *prunedlora_page.comparison(results("prunedlora_*.json")),
         *prunedlora_page.options(results("experiments/prunedlora_options_*.json")),
+        *prunedlora_page.memory(results("rank_memory*.json")),
     ]
 
 

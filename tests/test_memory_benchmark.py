@@ -4,7 +4,9 @@ from argparse import Namespace
 
 import loraprune_memory
 import loraprune_page
+import prunedlora_page
 import pytest
+import rank_memory
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,3 +44,21 @@ def test_the_page_takes_ways_that_did_not_fit_and_those_without_a_ratio():
     assert "some GPU" in lines[2]
     assert "| bfloat16 | recomputed | full_gradients | | | | out of memory |" in lines
     assert "| bfloat16 | recomputed | lora_4bit | 1 MiB | 2 MiB |  | 0.50 |" in lines
+
+
+def test_what_a_large_rank_costs_falls_when_it_does(tmp_path, monkeypatch):
+    settings = Namespace(
+        shape="tiny", device="cpu", dtype="float32", samples=1, seq_len=8, initial_rank=16, target_rank=2, before=2,
+        after=2, scratch=tmp_path,
+    )  # fmt: skip
+    monkeypatch.setattr(rank_memory, "in_own_process", rank_memory.one_way)
+    for name in ("now", "restart", "peak"):  # of a process of its own
+        monkeypatch.setattr(loraprune_memory.Meter, name, lambda self: 1)
+    rows = rank_memory.measure(settings)
+    large, pruned, small = rows
+    assert not list(tmp_path.iterdir())
+    assert pruned["before"]["state_bytes"] == large["before"]["state_bytes"] == large["after"]["state_bytes"]
+    assert pruned["after"]["state_bytes"] == small["after"]["state_bytes"] < large["after"]["state_bytes"] / 7
+    protocol = vars(settings) | {"device": "some GPU"}
+    table = prunedlora_page.memory([{"protocol": protocol, "rows": [*rows, {"way": "x", "failed": "out of memory"}]}])
+    assert "some GPU" in table[2] and "| x | | | | out of memory |" in table and len(table) == 6 + 6 + 1 + 1
