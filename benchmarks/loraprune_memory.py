@@ -21,10 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -32,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from own_process import figures_of, passed_on
 from peft import LoraConfig, get_peft_model
 from scoring_memory import SHAPE, by_definition, resident
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -146,21 +144,9 @@ def guided(model: Any, ids: torch.Tensor, args: argparse.Namespace) -> Any:
 
 
 def in_own_process(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
-    for name in ("dtype", "device", "samples", "seq_len", "repetitions", "rank"):
-        command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-    command += ["--recompute"] * args.recompute
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}  # freed blocks go back to the system
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return {
-            "way": way,
-            "dtype": args.dtype,
-            "recompute": args.recompute,
-            "failed": done.stderr.strip().splitlines()[-1],
-        }
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    names = ("dtype", "device", "samples", "seq_len", "repetitions", "rank")
+    options = ["--way", way, "--folder", str(folder), *passed_on(args, names), *["--recompute"] * args.recompute]
+    return {"way": way, "dtype": args.dtype, "recompute": args.recompute} | figures_of(__file__, options)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -31,6 +28,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from loraprune_memory import SHAPES, Meter, out_of_the_file
+from own_process import figures_of, passed_on
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
@@ -96,15 +94,8 @@ def one_way(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def in_own_process(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--way", way, "--folder", str(folder)]
-    for name in PASSED_ON:
-        command += ["--" + name.replace("_", "-"), str(getattr(args, name))]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}  # freed blocks go back to the system
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        return {"way": way, "failed": done.stderr.strip().splitlines()[-1]}
-    figures: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return figures
+    options = ["--way", way, "--folder", str(folder), *passed_on(args, PASSED_ON)]
+    return {"way": way} | figures_of(__file__, options)
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -321,7 +321,7 @@ def test_a_model_that_is_merged_first_is_cut_to_the_same(live):
         torch.testing.assert_close(found.state_dict()[name], tensor, rtol=0, atol=1e-12)
 
 
-def test_the_command_prunes_pushes_and_resumes_like_any_other(secateur, checkpoint_folder, text_file, tmp_path):
+def test_the_command_prunes_and_pushes_like_any_other(secateur, checkpoint_folder, text_file, tmp_path):
     common = ["--method", "lorashear", "--sparsity", "0.3", "--steps", "8", "--periods", "2", "--seq-len", "16",
               "--batch-size", "2", "--data", text_file, "--push", "linear"]  # fmt: skip
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *common)
