@@ -245,6 +245,9 @@ def test_adapters_are_compared_by_what_is_left_of_them_and_by_their_tasks(secate
     assert {(line.sparsity, line.of_adapter, line.parameters) for line in found.lines} == {(0.5, True, 400)}
     assert [line.tasks["sst2"] for line in found.lines] == [("acc", 0.6), ("acc", 0.7)]
     assert {(m.method, m.sparsity, m.stage, m.seeds) for m in found.means} == {("prunedlora", 0.5, "tuned", (1, 2))}
+    (picture,) = report.comparison_pictures(report.read_runs(places))
+    axes = picture.figure.axes[0]
+    assert "of the adapter" in axes.get_xlabel() and set(axes.lines[0].get_xdata()) == {50.0}
     code, out, err = secateur("compare", *places)
     assert code == 0 and "of the" in out and "0.700" in out, err
 

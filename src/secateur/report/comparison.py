@@ -96,8 +96,10 @@ class Comparison:
 def compare(runs: Sequence[Run]) -> Comparison:
     """Set runs side by side; a knowledge distribution is no run of a method, and left out."""
     methods = [run for run in runs if run.results.knowledge is None]
-    lines = tuple(_line(run, name) for run, name in zip(methods, variants(methods), strict=True))
-    return Comparison(lines, tuple(_means(methods)), tuple(_warnings(methods)))
+    named = variants(methods)
+    return Comparison(
+        tuple(_line(run, named[run.name]) for run in methods), tuple(_means(methods)), tuple(_warnings(methods))
+    )
 
 
 def _line(run: Run, variant: str) -> Line:
@@ -163,12 +165,12 @@ def _warnings(runs: Sequence[Run]) -> Iterator[str]:
 
 def _means(runs: Sequence[Run]) -> Iterator[Mean]:
     """Means over runs with several seeds, alike in method, settings, ratio (to a tenth of a percent) and protocol."""
-    named = dict(zip((id(run) for run in runs), variants(runs), strict=True))
+    named = variants(runs)
     for name, same in _same(runs).items():
         alike: dict[tuple[str, float, str, str | None], list[tuple[int | None, float]]] = {}
         for run, text in same:
             if run.share is not None and run.last_stage and (value := text.at(run.last_stage)) is not None:
-                key = (named[id(run)], round(run.share, 3), run.last_stage, run.steps[0].model.sha256)
+                key = (named[run.name], round(run.share, 3), run.last_stage, run.steps[0].model.sha256)
                 alike.setdefault(key, []).append((run.results.protocol.seed, value))
         for (method, sparsity, stage, _), found in alike.items():
             seeds, values = zip(*found, strict=True)
@@ -177,22 +179,35 @@ def _means(runs: Sequence[Run]) -> Iterator[Mean]:
 
 
 def comparison_pictures(runs: Sequence[Run]) -> list[Picture]:
-    """For each text the perplexity against the share of parameters removed, a line for each method."""
-    named = dict(zip((id(run) for run in runs), variants(runs), strict=True))
+    """For each text the perplexity against the share of parameters removed, a line for each method.
+
+    Adapters that were made smaller have figures of their own: their share is one of the adapter's parameters.
+    """
+    models, adapters = (
+        [r for r in runs if r.sparsity is not None],
+        [r for r in runs if r.sparsity is None and r.adapter],
+    )
+    named = variants(runs)
     with styled():
-        return [picture for name, same in _same(runs).items() for picture in _curves(name, same, named)]
+        return [
+            picture
+            for alike in (models, adapters)
+            for name, same in _same(alike).items()
+            for picture in _curves(name, same, named)
+        ]
 
 
-def _curves(name: str, same: Sequence[tuple[Run, Text]], named: Mapping[int, str]) -> Iterator[Picture]:
+def _curves(name: str, same: Sequence[tuple[Run, Text]], named: Mapping[str, str]) -> Iterator[Picture]:
     """One text. Points of a method with the same settings are joined in order of sparsity, seeds by their mean."""
     points: dict[str, dict[str, dict[float, list[float]]]] = {}
-    for run, text in ((r, t) for r, t in same if r.sparsity is not None):
+    for run, text in same:
         for stage in (s for s in run.stages if s != "dense" and text.at(s) is not None):
-            at = points.setdefault(named[id(run)], {}).setdefault(stage, {})
-            at.setdefault(round(run.sparsity or 0.0, 3), []).append(text.at(stage) or 0.0)
-    dense = [text.dense for run, text in same if text.dense is not None and run.sparsity is not None]
+            at = points.setdefault(named[run.name], {}).setdefault(stage, {})
+            at.setdefault(round(run.share or 0.0, 3), []).append(text.at(stage) or 0.0)
     if not points:
         return
+    of_adapters = same[0][0].sparsity is None  # without any of it there is no adapter, and the dense model is no point
+    dense = [] if of_adapters else [text.dense for _, text in same if text.dense is not None]
     figure, (axes,) = new_figure(height=3.0)
     for (method, stages), style in zip(points.items(), styles(list(points)).values(), strict=True):
         for number, (stage, at) in enumerate(reversed(stages.items())):
@@ -205,7 +220,8 @@ def _curves(name: str, same: Sequence[tuple[Run, Text]], named: Mapping[int, str
             spread = [[m - min(v) for m, (_, v) in zip(means, line, strict=True)],
                       [max(v) - m for m, (_, v) in zip(means, line, strict=True)]]  # fmt: skip
             axes.errorbar(shares, means, spread, fmt="none", ecolor=style["color"], capsize=3)
-    axes.set(xlabel="parameters removed [%]", ylabel=f"perplexity on {name}")
+    of_what = "of the adapter " if of_adapters else ""
+    axes.set(xlabel=f"parameters {of_what}removed [%]", ylabel=f"perplexity on {name}")
     axes.set_xlim(left=-2)
     if max(max(v) for s in points.values() for at in s.values() for v in at.values()) > 10 * min(
         [*dense, float("inf")]
@@ -217,7 +233,9 @@ def _curves(name: str, same: Sequence[tuple[Run, Text]], named: Mapping[int, str
         f"{text.tokens:,} tokens in windows of {text.seq_len:,}. Points are runs, of several seeds their mean with the "
         "least and the most; between the points nothing was measured."
     )
-    yield Picture(f"compared-{name}", f"Perplexity on {name} against sparsity", told, figure)
+    kind = "adapters-" if of_adapters else ""
+    title = f"Perplexity on {name} against {'the size of adapters' if of_adapters else 'sparsity'}"
+    yield Picture(f"compared-{kind}{name}", title, told, figure)
 
 
 def cell(value: float | None, form: str) -> str:

@@ -14,14 +14,14 @@ ASIDE = (  # shown in columns of their own, or without influence on the result
 )  # fmt: skip
 
 
-def variants(runs: Sequence[Run]) -> list[str]:
-    """A name for each run: its method, and the settings in which runs of this method differ.
+def variants(runs: Sequence[Run]) -> dict[str, str]:
+    """Name of each run -> its method, and the settings in which runs of this method differ.
 
     `llm-pruner, ranking=global`, or `llm-pruner` where nothing differs. A run whose results hold no recipe has the
     method alone.
     """
     settings = [_settings(run) for run in runs]
-    names = []
+    found = {}
     for run, mine in zip(runs, settings, strict=True):
         others = [s for r, s in zip(runs, settings, strict=True) if r.method == run.method and s]
         differ = [key for key in mine if len({repr(s.get(key)) for s in others}) > 1]
@@ -30,12 +30,12 @@ def variants(runs: Sequence[Run]) -> list[str]:
             f"{leaf if leaves.count(leaf) == 1 else key}={_told(mine[key])}"
             for key, leaf in zip(differ, leaves, strict=True)
         ]
-        names.append(", ".join([run.method, *told]))
-    return names
+        found[run.name] = ", ".join([run.method, *told])
+    return found
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    """Dotted names of all settings -> values, of the steps that made the run's model; earlier steps win nothing."""
+    """Dotted names of all settings -> values, of the steps that led to the model; the last one's where two have it."""
     found: dict[str, Any] = {}
     for step in run.steps:
         for section in SECTIONS:
