@@ -12,7 +12,7 @@ NAMES = {
     "rslora": "rsLoRA",
     "dora": "DoRA",
     "adalora": "AdaLoRA",
-    "paper": "PrunedLoRA, published form",
+    "paper": "PrunedLoRA, published criterion",
     "ours": "PrunedLoRA",
     "ours-global": "PrunedLoRA, one budget",
     "magnitude": "magnitude, while training",
@@ -47,7 +47,7 @@ OPTIONS = {
     "unbalanced": "factors not balanced",
     "masks": "what stays does not change",
     "paper-masks": "published scores, what stays does not change, the scale stays",
-    "paper-no-newton": "published form without the Newton term",
+    "paper-no-newton": "published criterion without the Newton term, the scale stays",
     "magnitude": "magnitude",
     "taylor": "Taylor (LLM-Pruner)",
     "activation": "activations (SparseGPT)",
@@ -60,7 +60,9 @@ HEAD = """## PrunedLoRA beside LoRA, rsLoRA, DoRA and AdaLoRA
 an adapter on every linear module. Loss [nats] and accuracy are of held-out examples, means over seeds with the standard
 deviation. Each method has at each rank the best learning rate of a grid, by the loss on a validation part with seed 0;
 what prunes "while training" has PrunedLoRA's schedule, rate and rule for alpha, and another criterion; "afterwards" it
-is cut from what LoRA of the initial rank has learned, at once and without more training. State is what the trainable
+is cut from what LoRA of the initial rank has learned, at once and without more training. The published criterion, with
+the scale kept, has our schedule, not K1 and K2, and no learning rate below 0.001 was tried for it: these rows do not
+say how the paper's own run does. State is what the trainable
 parameters and the optimizer's moments take after the first and the last step; seconds and milliseconds per step (of the
 first and the last 20) are those of one processor.
 """

@@ -73,5 +73,5 @@ def test_the_page_has_means_and_spreads():
     page = "\n".join(prunedlora_page.comparison([data]))
     assert "the larger class has 0.600" in page
     line = "| 4 | PrunedLoRA | 2 | 0.01 | 1.500 ± 0.707 | 0.500 ± 0.000 | 1.00 to 0.50 MiB | 2.0 | 50 to 40 |"
-    assert line in page and "| 4 | PrunedLoRA, published form | 1 | 0.01 | broke in 1 |" in page
+    assert line in page and "| 4 | PrunedLoRA, published criterion | 1 | 0.01 | broke in 1 |" in page
     assert prunedlora_page.comparison([]) == []
