@@ -114,6 +114,13 @@ def prune(
         str | None, typer.Option(help="lorashear: how units become zero: half-space (the paper's) or linear.")
     ] = None,
     periods: Annotated[int | None, typer.Option(help="lorashear: periods in which units go.")] = None,
+    proxies: Annotated[
+        str | None,
+        typer.Option(help="lorashear: what units are chosen by, with commas: guided; magnitude,cosine,first,second."),
+    ] = None,
+    merge: Annotated[
+        bool | None, typer.Option("--merge", help="lorashear: merge adapters at the end of every period (the paper's).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="While training: go on from the last checkpoint.")] = False,
     seed: Seed = 42,
     dtype: Dtype = None,
@@ -153,6 +160,8 @@ def prune(
         "compact_every": compact_every,
         "push": push,
         "periods": periods,
+        "proxies": proxies.split(",") if proxies else None,
+        "merge": merge,
     }
     training = {
         "steps": steps,
