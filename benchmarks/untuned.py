@@ -25,8 +25,9 @@ from resumed import measured
 
 import secateur as sc
 from secateur.compensation import Compensation
+from secateur.cutting import cut
 from secateur.importance import CRITERIA
-from secateur.methods.llm_pruner import LLMPruner, cut, run
+from secateur.methods.llm_pruner import LLMPruner, run
 from secateur.pipeline import PACKAGES
 from secateur.plan import PruningPlan
 

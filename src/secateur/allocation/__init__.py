@@ -13,6 +13,7 @@ from secateur.allocation.families import Family, select_families
 from secateur.allocation.limits import Feasible, Limits, check_shares
 from secateur.allocation.ranking import RankingName, rank
 from secateur.allocation.report import provenance
+from secateur.allocation.search import Measure, Removed, search
 from secateur.allocation.size import Size, parameters_left, units_left
 from secateur.errors import BudgetError
 from secateur.groups import Groups, IndexArray
@@ -21,7 +22,7 @@ from secateur.plan import PruningPlan
 if TYPE_CHECKING:
     from secateur.allocation.families import Scores
 
-__all__ = ["Budget", "allocate", "check_shares", "max_sparsity"]
+__all__ = ["Budget", "Measure", "Removed", "allocate", "check_shares", "max_sparsity"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def allocate(
     multiples: Mapping[str, int] | None = None,
     beyond: PruningPlan | None = None,
     settle: bool = True,
+    measure: Measure | None = None,
 ) -> PruningPlan:
     """Choose the units that stay.
 
@@ -83,12 +85,15 @@ def allocate(
         budget: how much to remove; may be None if `kind_ratios` says it for every kind.
         kinds: kinds of groups to cut; default: those that `scores` contains.
         ranking: `local` removes the same share of every group; `global` removes the units with the least importance
-            per parameter wherever they are (see `secateur.allocation.ranking.rank` for why per parameter).
+            per parameter wherever they are (see `secateur.allocation.ranking.rank` for why per parameter); `search`
+            takes the widths that cost least by what `measure` says (see `secateur.allocation.search`), and the scores
+            tell which units go only.
         uniform, round_to, protect_first, protect_last, protect, layer_ratios, kind_ratios, feasible, ties, multiples:
             see `Limits`.
         beyond: a plan for the same groups; what it removes goes again, whatever its score.
         settle: False on the way to the budget of a run that takes nothing back: units go in order, up to the one that
             would be too much. Were finer units to make up for a coarse one there, it would never be its turn.
+        measure: for `search`: what some units together cost, for many cuts, each by itself.
 
     Returns:
         The plan; its provenance records these arguments, the sparsity and the share of each kind reached, under
@@ -114,7 +119,7 @@ def allocate(
         beyond.kept if beyond else {},
     )
     kinds = list(dict.fromkeys([groups.named(name).kind for name in scores] if kinds is None else kinds))
-    families, counts = _choose(groups, scores, budget, kinds, ranking, limits, settle)
+    families, counts = _choose(groups, scores, budget, kinds, ranking, limits, settle, measure)
     kept = _kept_units(families, counts)
     if not uniform:
         kept = _without_removed_blocks(groups, kept)
@@ -131,14 +136,19 @@ def _choose(
     ranking: RankingName,
     limits: Limits,
     settle: bool,
+    measure: Measure | None,
 ) -> tuple[Sequence[Family], IndexArray]:
     """The families to be cut and the steps that each keeps; arguments and errors as for `allocate`."""
-    if ranking not in ("local", "global"):
-        raise BudgetError(f"ranking is {ranking!r}; expected 'local' or 'global'")
+    if ranking not in ("local", "global", "search"):
+        raise BudgetError(f"ranking is {ranking!r}; expected 'local', 'global' or 'search'")
+    if (ranking == "search") != (measure is not None):
+        raise BudgetError("a search for widths needs to measure what they cost, and nothing else does: give measure")
     families: Sequence[Family] = select_families(groups, scores, kinds, limits)
     size = parameters_left(groups, families)
     families, counts = _expressible_counts(
-        families, limits, lambda choice: _counts(budget, ranking, choice, size, groups.total_parameters, settle)
+        families,
+        limits,
+        lambda choice: _counts(budget, ranking, choice, size, groups.total_parameters, settle, measure),
     )
     assert groups.remaining_parameters(_kept_units(families, counts)) == size.at(counts)
     return families, counts
@@ -190,7 +200,13 @@ def _expressible_counts(
 
 
 def _counts(
-    budget: Budget | None, ranking: RankingName, families: Sequence[Family], size: Size, parameters: int, settle: bool
+    budget: Budget | None,
+    ranking: RankingName,
+    families: Sequence[Family],
+    size: Size,
+    parameters: int,
+    settle: bool,
+    measure: Measure | None,
 ) -> IndexArray:
     """Steps that each family keeps.
 
@@ -203,24 +219,24 @@ def _counts(
             raise BudgetError("say how much to remove: a budget, or a share for every kind that is cut")
         return start
     if budget.param_sparsity is not None:
-        share, measure, whole = budget.param_sparsity, size, parameters
+        share, counted, whole = budget.param_sparsity, size, parameters
     else:
         assert budget.unit_sparsity is not None
-        share, measure = budget.unit_sparsity, units_left(families)
-        whole = measure.at(np.array([f.units for f in families], dtype=np.int64))
+        share, counted = budget.unit_sparsity, units_left(families)
+        whole = counted.at(np.array([f.units for f in families], dtype=np.int64))
         if ranking == "local":
             counts = [f.counts[0] if f.fixed else f.count_for_share(share) for f in families]
             return np.array(counts, dtype=np.int64)
     target = whole * (1 - share)
     # half a parameter of slack: the fraction itself is only exact to rounding
-    if measure.at(start) < target - 0.5:
+    if counted.at(start) < target - 0.5:
         if not any(f.fixed for f in families):  # an earlier plan, met to within one unit, went a little further
             return start
         raise BudgetError(
-            f"the shares asked for of layers or kinds alone remove {1 - measure.at(start) / whole:.4f}, "
+            f"the shares asked for of layers or kinds alone remove {1 - counted.at(start) / whole:.4f}, "
             f"more than the budget's {share:g}"
         )
-    fewest = measure.at(_fewest(families))
+    fewest = counted.at(_fewest(families))
     if fewest > target + 0.5:
         kinds = ", ".join(dict.fromkeys(kind for f in families for kind in f.kinds))
         largest = math.floor((1 - fewest / whole) * 1e4) / 1e4
@@ -228,7 +244,10 @@ def _counts(
             f"a sparsity of {share:g} cannot be reached by cutting {kinds}: {_floor(families)}, "
             f"and the largest reachable sparsity is {largest:g}; cut more kinds, or lift protection or rounding"
         )
-    ranked = rank(families, size, measure, ranking)
+    if ranking == "search":
+        assert measure is not None
+        return search(families, size, counted, target, measure)
+    ranked = rank(families, size, counted, ranking)
     return ranked.settle(target) if settle else ranked.kept(ranked.first(ranked.until(target)))
 
 

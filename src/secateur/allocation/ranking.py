@@ -14,7 +14,7 @@ from secateur.allocation.families import Family
 from secateur.allocation.size import Size
 from secateur.groups import IndexArray
 
-RankingName = Literal["local", "global"]
+RankingName = Literal["local", "global", "search"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,21 @@ class Ranking:
             found.append(self._polished(self._walked(self.first(below + 1), target, -1), target))
         return self.kept(min(found, key=lambda taken: abs(self.left(taken) - target)))
 
+    def settle_from(self, kept: IndexArray, target: float) -> IndexArray:
+        """Units kept in each family so that the measure comes closest to `target`, from counts that are near it.
+
+        Args:
+            kept: counts to begin with; single steps are taken or given back from there, in order.
+            target: what should be left of the measure.
+        """
+        ends = np.append(self.starts[1:], len(self.counts))
+        taken = np.array(
+            [int(np.flatnonzero(self.counts[a:b] == k)[0]) for a, b, k in zip(self.starts, ends, kept, strict=True)],
+            dtype=np.int64,
+        )
+        direction = 1 if self.left(taken) >= target else -1
+        return self.kept(self._polished(self._walked(taken, target, direction), target))
+
     def _walked(self, taken: IndexArray, target: float, direction: int) -> IndexArray:
         """Take further steps in order (direction 1), or give steps back from the end (-1), without passing `target`.
 
@@ -119,7 +134,7 @@ class Ranking:
             error, _, taken = best
 
 
-def rank(families: Sequence[Family], size: Size, measure: Size, ranking: RankingName) -> Ranking:
+def rank(families: Sequence[Family], size: Size, measure: Size, ranking: Literal["local", "global"]) -> Ranking:
     """Put the steps of all families in order.
 
     local: by the share of its units that the family has lost halfway through the step, so that at each point of the

@@ -36,7 +36,8 @@ def prune(
     ] = None,
     base: Annotated[str | None, typer.Option(help="For an adapter: its base, if not the one it names.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="llm-pruner; loraprune or lorashear, which prune while they train.")
+        str | None,
+        typer.Option(help="auto (ours), llm-pruner; loraprune or lorashear, which prune while they train."),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="block-wise, channel-wise or layer-wise")] = None,
     kinds: Annotated[
@@ -50,7 +51,10 @@ def prune(
                      "fisher, activation, magnitude, taylor or sensitivity."),
     ] = None,
     reduction: Annotated[str | None, typer.Option(help="sum, mean, max, prod or first")] = None,
-    ranking: Annotated[str | None, typer.Option(help="local or global")] = None,
+    ranking: Annotated[
+        str | None,
+        typer.Option(help="local (the same share everywhere), global, or auto's own search for widths."),
+    ] = None,
     iterations: Annotated[
         int | None, typer.Option(help="Steps over which sparsity grows, scores refreshed; 8 for an adapter.")
     ] = None,
@@ -63,13 +67,16 @@ def prune(
     ] = None,
     compensate: Annotated[
         str | None,
-        typer.Option(help="Solve the matrices that read what goes again, on the calibration text: ridge; or mend "
-                     "their biases alone: bias."),
+        typer.Option(help="Solve the matrices that read what goes again, on the calibration text: ridge (auto's "
+                     "default); mend their biases alone: bias; or none."),
     ] = None,
     layer_choice: Annotated[
         str | None, typer.Option(help="For layer-wise: importance, or first (keep the first ones).")
     ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform/--per-layer", help="The same widths in every layer.")] = True,
+    uniform: Annotated[
+        bool | None,
+        typer.Option("--uniform/--per-layer", help="The same widths in every layer; auto takes what is better."),
+    ] = None,
     tier: Annotated[
         str | None,
         typer.Option(help="Form of the result: uniform, depth (whole layers go) or padded (any loader), per-layer "
@@ -176,10 +183,10 @@ def prune(
         no_use(method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
         recovery: dict[str, Any] | None = {"data": data, **watching, **training, **reading, **checkpointing}
     else:
-        no_use(method or "llm-pruner", {**training, **tuning})
+        no_use(method or "auto", {**training, **tuning})
         scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
         recovers = bool(recover_steps) and not no_recover
-        no_use(f"{method or 'llm-pruner'} without --recover-steps", {} if recovers else watching)
+        no_use(f"{method or 'auto'} without --recover-steps", {} if recovers else watching)
         recovery = {"data": data, **watching, "steps": recover_steps} if recovers else None
     recipe = recipe_of(
         model,

@@ -60,7 +60,7 @@ class MethodSettings(Section):
     What is not given is as the method itself has it. `method: lorashear` is short for `method: {name: lorashear}`.
     """
 
-    name: Literal["llm-pruner", "loraprune", "lorashear"] = "llm-pruner"
+    name: Literal["auto", "llm-pruner", "loraprune", "lorashear"] = "auto"
     variant: Literal["lora", "grad", "magnitude"] | None = None
     normalise: bool | None = None
     ema: float | None = Field(None, ge=0, lt=1)
@@ -100,6 +100,7 @@ class MethodSettings(Section):
         return self
 
 
+AUTO = "auto"  # ours, the default
 METHOD_OPTIONS: Mapping[str, Sequence[str]] = {
     "loraprune": ("variant", "normalise", "ema", "frequency", "initial", "warmup", "cooldown", "compact_every"),
     "lorashear": ("push", "proxies", "merge", "periods", "warmup", "cooldown", "epsilon"),
@@ -131,11 +132,11 @@ class PruneSettings(Section):
         "random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed", "gate", "gate-1", "gate-mixed"
     ] = "taylor-1"
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
-    ranking: Literal["local", "global"] = "local"
+    ranking: Literal["local", "global", "search"] = "local"
     iterations: int = Field(1, ge=1)
     gradient_checkpointing: bool = False
     calibration: CalibrationSettings = CalibrationSettings()
-    uniform: bool = True
+    uniform: bool | None = None
     tier: Literal["auto", "uniform", "depth", "per-layer", "padded"] = "auto"
     round_to: int = Field(1, ge=1)
     protect_first: int = Field(0, ge=0)
@@ -149,9 +150,14 @@ class PruneSettings(Section):
     compensate_target: Literal["current", "dense"] = "current"
 
     @property
-    def same_widths(self) -> bool:
-        """Whether every layer gets the same widths, by the tier if one is asked for."""
+    def form(self) -> bool | None:
+        """Whether every layer gets the same widths, by the tier if one is asked for; None if nothing is said."""
         return self.uniform if self.tier == "auto" else self.tier in ("uniform", "depth")
+
+    @property
+    def same_widths(self) -> bool:
+        """`form`, of methods that do not choose themselves."""
+        return self.form is not False
 
     @property
     def share_to_protect(self) -> float:
@@ -181,6 +187,24 @@ class PruneSettings(Section):
         if self.protect_share is not None and self.knowledge is None:
             raise ValueError("protect_share is a share of the groups in a knowledge file: give knowledge, too")
         return self
+
+
+def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a section `prune` with what `auto` takes where they say nothing.
+
+    What a cut of whole layers or of the hidden dimension has no use for stays as LLM-Pruner has it.
+    """
+    blocks = prune.get("mode", "block-wise") == "block-wise"
+    defaults: dict[str, Any] = {"criterion": "taylor-2"} if "reduction" not in prune else {}
+    if blocks:
+        defaults |= {"ranking": "search", "compensate": "ridge"}
+    found = {**defaults, **prune}
+    if found.get("compensate") == "ridge":
+        found.setdefault("compensate_target", "dense")
+    calibration = prune.get("calibration", {})
+    if isinstance(calibration, Mapping):
+        found["calibration"] = {"samples": 128, "seq_len": 128, **calibration}
+    return found
 
 
 class RecoverSettings(Section):
