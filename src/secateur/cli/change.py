@@ -146,6 +146,8 @@ def prune(
         return
     if tier in ("gguf", "vllm"):
         raise RecipeError(f"--tier {tier}: prune first, then `secateur export {output} -o OUT --to {tier}`")
+    if plan is not None and method is None:  # what goes is known, and nothing else is done unless it is asked for
+        method = "llm-pruner"
     trains = method in METHOD_OPTIONS
     reading = {"field": field, "seq_len": seq_len}
     checkpointing = {"gradient_checkpointing": gradient_checkpointing}
