@@ -80,7 +80,8 @@ def test_recover_keeps_the_adapter_and_eval_takes_it(secateur, pruned, text_file
 
 def test_prune_and_recover_in_one_command(secateur, checkpoint_folder, text_file, tmp_path):
     code, _, err = secateur(
-        "prune", checkpoint_folder, "-o", tmp_path / "o", "--method", "llm-pruner", "--sparsity", 0.2, "--criterion", "l2", "--calibration",
+        "prune", checkpoint_folder, "-o", tmp_path / "o", "--method", "llm-pruner",
+        "--sparsity", 0.2, "--criterion", "l2", "--calibration",
         text_file, "--recover-steps", 1, "--data", text_file, "--text", text_file,
     )  # fmt: skip
     assert code == 0, err

@@ -185,7 +185,8 @@ def test_prune_recover_and_eval_from_the_command_line(model_type, tokenizer, tex
 
     kinds = "expert_channel,expert=0.34" if model_type == "mixtral" else "ffn_channel,expert_channel,expert=0.34"
     secateur(
-        "prune", tmp_path / "dense", "-o", tmp_path / "small", "--method", "llm-pruner", "--kinds", kinds, "--sparsity", 0.28,
+        "prune", tmp_path / "dense", "-o", tmp_path / "small", "--method", "llm-pruner",
+        "--kinds", kinds, "--sparsity", 0.28,
         "--calibration", text_file, "--samples", 4, "--seq-len", 32, "--text", text_file,
         "--recover-steps", 2, "--data", text_file,
     )  # fmt: skip

@@ -333,7 +333,8 @@ def run(secateur):
 
 def test_the_command_line_prunes_recovers_and_measures(checkpoint_folder, text_file, tmp_path, run):
     small, recovered = tmp_path / "small", tmp_path / "recovered"
-    run("prune", checkpoint_folder, "-o", small, "--method", "llm-pruner", "--sparsity", 0.2, "--criterion", "l2", "--per-layer",
+    run("prune", checkpoint_folder, "-o", small, "--method", "llm-pruner",
+        "--sparsity", 0.2, "--criterion", "l2", "--per-layer",
         "--protect-first", 1, "--calibration", text_file, "--samples", 2, "--seq-len", 16)  # fmt: skip
     assert "trust_remote_code=True" in (small / "README.md").read_text()
     assert json.loads((small / "results.json").read_text())["parity"]["max_logit_difference"] == 0.0
