@@ -39,7 +39,7 @@ def test_overrides():
         (["prune.param_sparsity=1.0"], "prune.param_sparsity: .*less than 1"),
         (["prune.param_sparsity=-0.1"], "prune.param_sparsity: .*greater than or equal to 0"),
         (["prune.kind_ratios={kv_group: 1.5}"], "prune.kind_ratios.kv_group: .*less than 1 .got 1.5"),
-        (["prune.unit_sparsity=0.2"], "param_sparsity or unit_sparsity, not both"),
+        (["prune.unit_sparsity=0.2"], "one of param_sparsity and unit_sparsity, not both"),
         (["prune.criterium=l2"], "did you mean 'criterion'"),
         (["prunes.x=1"], "prunes: unknown key; did you mean 'prune'"),
         (["prune.zzz=1"], "unknown key; known: param_sparsity"),

@@ -10,8 +10,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.allocation.costs import Counted
 from secateur.allocation.families import Family
-from secateur.allocation.size import Size
 from secateur.groups import IndexArray
 
 RankingName = Literal["local", "global", "search"]
@@ -35,14 +35,14 @@ class Ranking:
     places: tuple[IndexArray, ...]
     counts: IndexArray
     starts: IndexArray
-    measure: Size
+    measure: Counted
 
     def kept(self, taken: IndexArray) -> IndexArray:
         """Units kept in each family after `taken` of its steps."""
         kept: IndexArray = self.counts[self.starts + taken]
         return kept
 
-    def left(self, taken: IndexArray) -> int:
+    def left(self, taken: IndexArray) -> float:
         return self.measure.at(self.kept(taken))
 
     def first(self, steps: int) -> IndexArray:
@@ -134,7 +134,7 @@ class Ranking:
             error, _, taken = best
 
 
-def rank(families: Sequence[Family], size: Size, measure: Size, ranking: Literal["local", "global"]) -> Ranking:
+def rank(families: Sequence[Family], size: Counted, measure: Counted, ranking: Literal["local", "global"]) -> Ranking:
     """Put the steps of all families in order.
 
     local: by the share of its units that the family has lost halfway through the step, so that at each point of the
@@ -147,7 +147,7 @@ def rank(families: Sequence[Family], size: Size, measure: Size, ranking: Literal
     touches a head. What counts under a parameter budget is the loss per parameter saved.
 
     Args:
-        size: parameters left.
+        size: what importance is told per: parameters left, or what the budget counts.
         measure: what the budget counts.
     """
     start = np.array([f.counts[0] for f in families], dtype=np.int64)

@@ -18,19 +18,18 @@ taken to be straight, and single steps settle what is left of the budget (`Ranki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.allocation.costs import Counted, Removed, Table
 from secateur.allocation.families import Family
 from secateur.allocation.ranking import rank
-from secateur.allocation.size import Size
 from secateur.errors import BudgetError
 from secateur.groups import IndexArray
 
-Removed = Mapping[str, tuple[int, ...]]  # group -> units that go
 Measure = Callable[[Sequence[Removed]], Sequence[float]]  # losses without them [nats per token], each measured alone
 Floats = NDArray[np.float64]
 
@@ -50,7 +49,7 @@ class Curve:
 
     counts: IndexArray
     losses: Floats
-    saved: IndexArray
+    saved: Floats
 
     def each_step(self, family: Family) -> Floats:
         """What each step of a family's order costs, from its first on; D is straight between candidates."""
@@ -62,26 +61,25 @@ class Curve:
         return importance
 
 
-def search(families: Sequence[Family], size: Size, measured: Size, target: float, measure: Measure) -> IndexArray:
-    """Steps that each family keeps so that `measured` comes closest to `target` at the least loss.
+def search(families: Sequence[Family], counted: Counted, target: float, measure: Measure) -> IndexArray:
+    """Steps that each family keeps so that what is counted comes closest to `target` at the least loss.
 
     Args:
-        size: parameters left.
-        measured: what the budget counts.
+        counted: what the budget counts.
         target: what should be left of it; must be within reach.
         measure: told what goes, asked once for all candidates.
 
     Raises:
         BudgetError: what the families save does not add up.
     """
-    chosen = curves(families, measured, measure)
+    chosen = curves(families, counted, measure)
     start = np.array([f.counts[0] for f in families], dtype=np.int64)
-    kept = cheapest(chosen, measured.at(start) - target)
+    kept = cheapest(chosen, counted.at(start) - target)
     straight = [replace(f, importance=c.each_step(f)) for f, c in zip(families, chosen, strict=True)]
-    return rank(straight, size, measured, "global").settle_from(kept, target)
+    return rank(straight, counted, counted, "global").settle_from(kept, target)
 
 
-def curves(families: Sequence[Family], measured: Size, measure: Measure) -> list[Curve]:
+def curves(families: Sequence[Family], counted: Counted, measure: Measure) -> list[Curve]:
     """The curve of each family.
 
     Raises:
@@ -90,8 +88,9 @@ def curves(families: Sequence[Family], measured: Size, measure: Measure) -> list
     start = np.array([f.counts[0] for f in families], dtype=np.int64)
     fewest = np.array([f.counts[-1] for f in families], dtype=np.int64)
     tried = [candidates(f) for f in families]
-    saved = [np.cumsum([0, *measured.drops(start, f, counts)]) for f, counts in enumerate(tried)]
-    if sum(int(s[-1]) for s in saved) != measured.at(start) - measured.at(fewest):
+    saved = [np.cumsum([0.0, *counted.drops(start, f, counts)]) for f, counts in enumerate(tried)]
+    together = counted.at(start) - counted.at(fewest)
+    if not isinstance(counted, Table) and sum(float(s[-1]) for s in saved) != together:
         kinds = ", ".join(dict.fromkeys(kind for f in families for kind in f.kinds))
         raise BudgetError(
             f"a search adds up what each kind saves, and {kinds} share matrices, so that it depends on the others: "
@@ -120,7 +119,8 @@ def cheapest(chosen: Sequence[Curve], wanted: float) -> IndexArray:
     What is saved is rounded down to whole parts of `wanted`, so that the answer is exact where `RESOLUTION` parts tell
     all sums apart, and saves enough in any case. Where rounding down leaves too little, all keep the fewest.
     """
-    parts = min(RESOLUTION, max(1, int(np.ceil(wanted))))
+    whole = all(np.equal(np.round(curve.saved), curve.saved).all() for curve in chosen)
+    parts = min(RESOLUTION, max(1, int(np.ceil(wanted)))) if whole else RESOLUTION
     losses = np.full(parts + 1, np.inf)
     losses[0] = 0.0
     steps: list[tuple[IndexArray, IndexArray]] = []

@@ -31,6 +31,11 @@ def prune(
     model: Model,
     output: Output,
     sparsity: Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(help="What the sparsity is a share of: params, or macs, memory or latency of --workload (auto)."),
+    ] = None,
+    workload: Annotated[str | None, typer.Option(help="For --of: sequences x tokens of a pass; 1x128.")] = None,
     target_rank: Annotated[
         int | None, typer.Option(help="MODEL is the folder of a LoRA adapter: the rank to leave it.")
     ] = None,
@@ -195,7 +200,7 @@ def prune(
         {
             "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize},
             "method": {"name": method} | tuning,
-            "prune": _budget(sparsity, kinds, plan)
+            "prune": _budget(sparsity, kinds, plan, of, workload)
             | scoring
             | {
                 "ranking": ranking,
@@ -222,18 +227,29 @@ def prune(
     told_where(output)
 
 
-def _budget(sparsity: float | None, kinds: str | None, plan: Path | None) -> dict[str, Any]:
+def _budget(
+    sparsity: float | None, kinds: str | None, plan: Path | None, of: str | None, workload: str | None
+) -> dict[str, Any]:
     """How much of what to remove, in the words of a recipe.
 
     Raises:
-        BudgetError: nothing says how much.
+        BudgetError: nothing says how much, or of what.
     """
+    from secateur.config import BUDGET_OF
     from secateur.errors import BudgetError
 
     names, ratios = _kinds(kinds)
     if sparsity is None and plan is None and not (names and set(names) == set(ratios)):
         raise BudgetError("say how much to remove (--sparsity 0.2) or replay a plan (--plan plan.json)")
-    return {"param_sparsity": sparsity, "kinds": names or None, "kind_ratios": ratios or None}
+    if of is not None and of not in BUDGET_OF:
+        raise BudgetError(f"--of {of}: expected one of {', '.join(BUDGET_OF)}")
+    found: dict[str, Any] = {BUDGET_OF[of or "params"]: sparsity}
+    if workload is not None:
+        batch, _, length = workload.partition("x")
+        if not (batch.isdecimal() and length.isdecimal()):
+            raise BudgetError(f"--workload {workload}: expected sequences x tokens, as 1x128")
+        found["workload"] = {"batch": int(batch), "length": int(length)}
+    return found | {"kinds": names or None, "kind_ratios": ratios or None}
 
 
 def _kinds(text: str | None) -> tuple[list[str], dict[str, float]]:

@@ -78,6 +78,8 @@ def print_results(results: dict[str, Any]) -> None:
         out.print(f"{params['dense']:,} -> {params['pruned']:,} parameters ({share})", soft_wrap=True)
     if packed := results.get("protocol", {}).get("quantised"):
         out.print(f"dense is the model as it was trained on, its linear modules packed by {packed}")
+    if cost := results.get("cost"):
+        print_cost(cost)
     print_perplexity(results)
     if results.get("kinds"):
         print_kinds(results["kinds"])
@@ -126,6 +128,16 @@ def print_perplexity(results: dict[str, Any]) -> None:
             figures = [f"{p[s]:.3f}" if s in p else "" for s in stages]
             table.add_row(name, str(p["tokens"]), str(p["seq_len"]), *figures)
         out.print(table)
+
+
+def print_cost(cost: dict[str, Any]) -> None:
+    """What the workload costs before and after, measured, beside what the table of widths said."""
+    what = {"macs": "multiply-accumulates", "memory": "bytes of weights and cache", "latency": "seconds"}[cost["what"]]
+    out.print(
+        f"{what} of {cost['batch']} x {cost['length']} tokens: {cost['dense']:.4g} -> {cost['pruned']:.4g} "
+        f"({1 - cost['pruned'] / cost['dense']:.2%} less; {cost['sparsity']:.2%} by the table of widths)",
+        soft_wrap=True,
+    )
 
 
 def print_choice(choice: dict[str, Any]) -> None:

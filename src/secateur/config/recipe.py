@@ -59,6 +59,11 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _search_of_auto(self) -> Recipe:
+        if self.prune.counted and not self.searches:
+            (name,) = self.prune.budgets
+            raise ValueError(
+                f"{name} is a budget of the method auto in block-wise mode: {self.method.name} takes param_sparsity"
+            )
         if self.prune.ranking == "search" and not self.searches:
             raise ValueError(
                 f"the ranking search is of the method auto in block-wise mode: {self.method.name} takes local or global"

@@ -107,6 +107,13 @@ METHOD_OPTIONS: Mapping[str, Sequence[str]] = {
 }
 
 
+COSTS: Mapping[str, Literal["macs", "memory", "latency"]] = {
+    "mac_sparsity": "macs", "memory_sparsity": "memory", "latency_sparsity": "latency",
+}  # fmt: skip
+BUDGETS = ("param_sparsity", "unit_sparsity", *COSTS)
+BUDGET_OF = {"params": "param_sparsity", **{what: name for name, what in COSTS.items()}}  # by what it is a share of
+
+
 class CalibrationSettings(Section):
     """Text the scores are measured on; LLM-Pruner takes 10 crops of 64 tokens of BookCorpus."""
 
@@ -116,15 +123,27 @@ class CalibrationSettings(Section):
     seq_len: int = Field(64, ge=2)
 
 
+class WorkloadSettings(Section):
+    """The forward pass whose multiply-accumulates, memory or latency a budget counts."""
+
+    batch: int = Field(1, ge=1)
+    length: int = Field(128, ge=1)
+
+
 class PruneSettings(Section):
     """What to remove, and how to choose it.
 
+    A budget is a share of the parameters, of units, or of what a `workload` costs.
     Of the groups in `knowledge`, a file that `secateur analyze` wrote, the worst `protect_share` is left whole. With
     `compensate`, matrices that read what goes make up for it on the calibration text (`secateur.compensation`).
     """
 
     param_sparsity: float | None = Field(None, ge=0, lt=1)
     unit_sparsity: float | None = Field(None, ge=0, lt=1)
+    mac_sparsity: float | None = Field(None, ge=0, lt=1)
+    memory_sparsity: float | None = Field(None, ge=0, lt=1)
+    latency_sparsity: float | None = Field(None, ge=0, lt=1)
+    workload: WorkloadSettings = WorkloadSettings()
     mode: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
     kinds: tuple[Kind, ...] = ()
     kind_ratios: dict[Kind, Annotated[float, Field(ge=0, lt=1)]] = {}
@@ -164,10 +183,23 @@ class PruneSettings(Section):
         """Of the groups in the knowledge file; a tenth if nothing else is said."""
         return 0.1 if self.protect_share is None else self.protect_share
 
+    @property
+    def budgets(self) -> dict[str, float]:
+        """Setting -> share to remove, of those that are given."""
+        given = {name: getattr(self, name) for name in BUDGETS}
+        return {name: share for name, share in given.items() if share is not None}
+
+    @property
+    def counted(self) -> Literal["macs", "memory", "latency"] | None:
+        """What of the workload the budget counts, if it does."""
+        return next((COSTS[name] for name in self.budgets if name in COSTS), None)
+
     @model_validator(mode="after")
     def _one_budget(self) -> PruneSettings:
-        if self.param_sparsity is not None and self.unit_sparsity is not None:
-            raise ValueError("give param_sparsity or unit_sparsity, not both")
+        if len(self.budgets) > 1:
+            raise ValueError(f"give one of {' and '.join(self.budgets)}, not both")
+        if self.counted is None and self.workload != WorkloadSettings():
+            raise ValueError(f"a workload is what {', '.join(COSTS)} are shares of: give one of them, too")
         return self
 
     @model_validator(mode="after")

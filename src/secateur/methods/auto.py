@@ -33,8 +33,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secateur.allocation import Budget, Measure, allocate, check_shares
+from secateur.allocation import Budget, Cost, Measure, allocate, check_shares
 from secateur.allocation.ranking import RankingName
+from secateur.benchmark.costs import Workload
 from secateur.compensation import Compensated, Compensation, compensated
 from secateur.cutting import PruneResult, Step, cut
 from secateur.discovery import discover
@@ -66,6 +67,7 @@ class Auto:
         iterations: steps over which the sparsity grows.
         uniform: the same widths in every layer or not; None for whichever step 6 chooses.
         compensation: None for none.
+        workload: what a budget's `cost_sparsity` is a fraction of.
         round_to, protect_first, protect_last, protect, layer_ratios, kind_ratios: see `allocation.Limits`; those that
             layers differ by need `uniform=False`.
     """
@@ -78,6 +80,7 @@ class Auto:
     iterations: int = 1
     uniform: bool | None = None
     compensation: Compensation | None = field(default_factory=lambda: Compensation("ridge", "dense"))
+    workload: Workload | None = None
     round_to: int = 1
     protect_first: int = 0
     protect_last: int = 0
@@ -111,9 +114,12 @@ def run(
     """
     on_step("discover")
     groups = discover(model)
+    cost = None if settings.workload is None else settings.workload.without(model, groups)
     forms, why = _forms(settings, sum(map(len, batches)))
     rest, aside = _apart(batches, len(forms) > 1)
-    found = {uniform: _one_form(model, groups, rest, replace(settings, uniform=uniform), on_step) for uniform in forms}
+    found = {
+        uniform: _one_form(model, groups, rest, replace(settings, uniform=uniform), cost, on_step) for uniform in forms
+    }
     if len(found) == 1:
         chosen = "uniform" if forms[0] else "per_layer"
         return replace(found[forms[0]], choice={"chosen": chosen, "why": why} if why else {})
@@ -148,7 +154,9 @@ def _apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
     return rows[~aside], rows[aside]
 
 
-def _one_form(model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, on_step: Step) -> PruneResult:
+def _one_form(
+    model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, cost: Cost | None, on_step: Step
+) -> PruneResult:
     """Steps 2 to 5 for one form."""
     uniform = bool(settings.uniform)
     kinds = settings.kinds or tuple(dict.fromkeys([*groups.kinds_in_blocks(), *settings.kind_ratios]))
@@ -182,6 +190,7 @@ def _one_form(model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Au
                 multiples=can.multiples,
                 beyond=plan if plan.kept else None,
                 measure=_measure(model, groups, candidates, rows, settings),
+                cost=cost,
             )
     small, done = _cut(model, plan, rows, settings.compensation, groups, on_step)
     return PruneResult(small, plan, candidates, first, left_whole, done)
@@ -221,7 +230,5 @@ def _share(budget: Budget | None, step: int, steps: int) -> Budget | None:
     """The part of the budget to be met after `step` of `steps`."""
     if budget is None:
         return None
-    if budget.param_sparsity is not None:
-        return replace(budget, param_sparsity=linear(step, steps, budget.param_sparsity))
-    assert budget.unit_sparsity is not None
-    return replace(budget, unit_sparsity=linear(step, steps, budget.unit_sparsity))
+    given = {name: value for name, value in budget.as_dict().items() if value is not None}
+    return Budget(**{name: linear(step, steps, value) for name, value in given.items()})

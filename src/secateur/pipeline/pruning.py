@@ -13,6 +13,7 @@ import torch
 
 from secateur import checkpoint as checkpoints
 from secateur.allocation import Budget
+from secateur.benchmark.costs import Workload
 from secateur.checkpoint import BUNDLED, Checkpoint, output_folder
 from secateur.compensation import Compensated, Compensation
 from secateur.config import PruneSettings, Recipe
@@ -58,7 +59,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     """
     check_reporting(recipe)
     wanted = recipe.prune
-    if plan is None and wanted.param_sparsity is None and wanted.unit_sparsity is None and not wanted.kind_ratios:
+    if plan is None and not wanted.budgets and not wanted.kind_ratios:
         raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
     if wanted.tier == "depth" and plan is None and wanted.mode != "layer-wise" and "layer" not in (wanted.kinds or ()):
         raise PlanError("the tier depth drops whole layers, and these settings none: add --mode layer-wise")
@@ -128,6 +129,9 @@ def add_pruned(
     """
     small = in_tier(small, recipe.prune.tier, source, results)
     results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
+    if workload := workload_of(recipe.prune):
+        clock.begin("measure_cost")
+        results["cost"] |= {"dense": workload.of(source.model), "pruned": workload.of(small)}
     clock.begin("evaluate_pruned")
     add_stage(results, "pruned", source, small, recipe.evaluation)
     add_macs(results, "pruned", small)
@@ -207,6 +211,8 @@ def _cut(
         ours = replace(settings_of_auto(recipe.prune, recipe.seed), protect=protect)
         result = auto.run(source.model, batches, ours, clock.begin)
         results |= {"choice": dict(result.choice)} if result.choice else {}
+        if ours.workload:
+            results["cost"] = asdict(ours.workload) | dict(result.plan.provenance["allocation"]["cost"])
     else:
         settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
         result = llm_pruner.run(source.model, batches, settings, clock.begin)
@@ -277,6 +283,7 @@ def settings_of_auto(prune: PruneSettings, seed: int) -> auto.Auto:
         layer_ratios=prune.layer_ratios,
         kind_ratios=prune.kind_ratios,
         compensation=compensation_of(prune),
+        workload=workload_of(prune),
     )
 
 
@@ -287,11 +294,18 @@ def compensation_of(prune: PruneSettings) -> Compensation | None:
 
 def _budget(prune: PruneSettings) -> dict[str, Any]:
     """What is to go, and of which kinds."""
-    unlimited = prune.param_sparsity is None and prune.unit_sparsity is None
+    given = dict(prune.budgets)
+    if prune.counted:
+        given = {"cost_sparsity": share for share in given.values()}
     return {
-        "budget": None if unlimited else Budget(prune.param_sparsity, prune.unit_sparsity),
-        "kinds": prune.kinds or (tuple(prune.kind_ratios) if unlimited else ()),
+        "budget": Budget(**given) if given else None,
+        "kinds": prune.kinds or (() if given else tuple(prune.kind_ratios)),
     }
+
+
+def workload_of(prune: PruneSettings) -> Workload | None:
+    """What a recipe's budget counts, if it is neither parameters nor units."""
+    return Workload(prune.counted, prune.workload.batch, prune.workload.length) if prune.counted else None
 
 
 def criterion_of(prune: PruneSettings, seed: int) -> Criterion | Gate:
