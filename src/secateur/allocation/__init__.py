@@ -155,7 +155,10 @@ def _choose(
     measure: Measure | None,
     cost: Cost | None,
 ) -> tuple[Sequence[Family], IndexArray, Table | None]:
-    """The families to be cut, the steps that each keeps, and what they cost if that counts; arguments and errors as for `allocate`."""
+    """The families to be cut, the steps that each keeps, and the table of costs if these count.
+
+    Arguments and errors as for `allocate`.
+    """
     if ranking not in ("local", "global", "search"):
         raise BudgetError(f"ranking is {ranking!r}; expected 'local', 'global' or 'search'")
     if (ranking == "search") != (measure is not None):

@@ -111,7 +111,8 @@ COSTS: Mapping[str, Literal["macs", "memory", "latency"]] = {
     "mac_sparsity": "macs", "memory_sparsity": "memory", "latency_sparsity": "latency",
 }  # fmt: skip
 BUDGETS = ("param_sparsity", "unit_sparsity", *COSTS)
-BUDGET_OF = {"params": "param_sparsity", **{what: name for name, what in COSTS.items()}}  # by what it is a share of
+# by what it is a share of
+BUDGET_OF: Mapping[str, str] = {"params": "param_sparsity"} | {str(what): name for name, what in COSTS.items()}
 
 
 class CalibrationSettings(Section):

@@ -294,11 +294,11 @@ def compensation_of(prune: PruneSettings) -> Compensation | None:
 
 def _budget(prune: PruneSettings) -> dict[str, Any]:
     """What is to go, and of which kinds."""
-    given = dict(prune.budgets)
-    if prune.counted:
-        given = {"cost_sparsity": share for share in given.values()}
+    given = prune.budgets
+    share = next(iter(given.values()), 0.0)
+    budget = Budget(cost_sparsity=share) if prune.counted else Budget(**given) if given else None
     return {
-        "budget": Budget(**given) if given else None,
+        "budget": budget,
         "kinds": prune.kinds or (() if given else tuple(prune.kind_ratios)),
     }
 
