@@ -75,9 +75,11 @@ def recover_checkpoint(
         if outcome.mix:
             save_mix(outcome.mix, folder / "mix.svg")
         results["timing"], results["memory"] = clock.seconds, peak_memory()
-        adapter = sum(file.stat().st_size for file in outcome.adapter.rglob("*"))
+        files = [] if outcome.adapter is None else list(outcome.adapter.rglob("*"))
+        adapter = sum(file.stat().st_size for file in files)
         checkpoints.check_space(folder, checkpoints.weight_bytes(outcome.model) + adapter)
-        shutil.copytree(outcome.adapter, folder / "adapter")
+        if outcome.adapter is not None:
+            shutil.copytree(outcome.adapter, folder / "adapter")
         keep_logs(work, folder)
         write_checked(outcome.model, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
