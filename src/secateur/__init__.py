@@ -78,10 +78,10 @@ _HOME = {
 __version__ = "0.1.0"
 __all__ = [
     "Budget", "ComponentCriterion", "Distillation", "Gate", "Group", "Groups", "Knowledge", "LoRAPrune", "LoRAShear",
-    "Magnitude", "Member", "PrunedLoRA", "PrunedLoRASettings", "PruningPlan", "Random", "RecoverySettings", "SecateurError",
-    "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix", "knowledge_distribution",
-    "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "prune_adapter", "recover", "save",
-    "score", "slice",
+    "Magnitude", "Member", "PrunedLoRA", "PrunedLoRASettings", "PruningPlan", "Random", "RecoverySettings",
+    "SecateurError", "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix",
+    "knowledge_distribution", "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "prune_adapter",
+    "recover", "save", "score", "slice",
 ]  # fmt: skip
 
 

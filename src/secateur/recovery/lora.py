@@ -174,7 +174,8 @@ def _kind_of_trainer(
     if settings.distill is None:
         if rounds is not None:
             rounds.measure_dense(dense)
-        return Trainer
+        plain: Callable[..., Trainer] = Trainer
+        return plain
     model = loaded(dense, arguments.device)
     if rounds is not None:
         rounds.measure_dense(lambda: model)
@@ -198,7 +199,8 @@ def _with_all_weights(model: PreTrainedModel, settings: RecoverySettings) -> Pre
 
     refuse_packed(model, "trained themselves", RecipeError)
     set_seed(settings.seed)
-    return model.requires_grad_(True)
+    model.requires_grad_(True)
+    return model
 
 
 def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts: bool = True) -> PeftModel:
