@@ -73,7 +73,7 @@ def divergence(logits: Tensor, targets: SoftTargets, temperature: float) -> Tens
 
 def _rest(scaled: Tensor, indices: Tensor) -> Tensor:
     """Log of the sum of exponentials of all logits but those at `indices`, [N]; exact where little is left over."""
-    return scaled.scatter(-1, indices, -torch.inf).logsumexp(-1)
+    return scaled.scatter(-1, indices, LEAST).logsumexp(-1)  # finite even if all others are ruled out
 
 
 def hidden_error(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
