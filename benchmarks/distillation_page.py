@@ -36,8 +36,8 @@ def distillation(found: Iterable[Data]) -> list[str]:
     head = [
         "## Recovery from the text, and from the dense model",
         "",
-        "`benchmarks/distillation.py`: one model, cut by LLM-Pruner, trained on the same examples in the same order, so",
-        "that rows of one seed differ in their loss alone; means over seeds and their standard deviations. The ratio is",
+        "`benchmarks/distillation.py`: one model, cut by LLM-Pruner, trained on the same examples in the same order,",
+        "so that rows of a seed differ in their loss alone; means over seeds and their standard deviations. The ratio is",
         "to the same training without distillation on the same seeds; the divergence is from the dense model, on text",
         "that is not trained on.",
         "",

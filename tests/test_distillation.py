@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+import weakref
 from dataclasses import asdict, replace
 
 import pytest
@@ -156,7 +157,6 @@ def test_a_model_learns_nothing_from_itself(trained, tokenizer, corpora, tmp_pat
     if half:  # what an accelerator does
         made = lora._arguments
         monkeypatch.setattr(lora, "_arguments", lambda *given: replace(made(*given), bf16=True))
-    # without momentum in the way: a gradient of rounding errors alone would be scaled up to a whole step
     settings = replace(QUICK, steps=2, distill=Distillation(weight=1.0, hidden=1.0))
     result = recover(trained, tokenizer, corpora[:1], settings, tmp_path, dense=lambda: trained)
     logged = next(row for row in result.log if "kl" in row)
@@ -184,16 +184,24 @@ def test_what_is_said_of_a_token_is_in_its_place(trained, tokenizer, corpora):
 def test_cached_equals_online_on_a_dynamic_mix_of_examples_that_are_padded(
     damaged, trained, tokenizer, corpora, tmp_path, capfd
 ):
-    settings = replace(QUICK, steps=2, seq_len=160, mix="dynamic", round_steps=1)
+    settings = replace(QUICK, steps=2, seq_len=160, mix="dynamic", round_steps=1, eval_every=1)
     cache = str(tmp_path / "cache")
+    models, alive = [], []
+
+    def load():
+        model = copy.deepcopy(trained)
+        models.append(weakref.ref(model))
+        return model
+
     online, cached, again = (
         recover(damaged, tokenizer, corpora, replace(settings, distill=Distillation(**CACHED, cache=place)),
-                tmp_path / name, dense=lambda: trained)
+                tmp_path / name, dense=load, evaluate=lambda _: alive.append(models[-1]() is not None) or {})
         for name, place in (("online", None), ("cached", cache), ("again", cache))
     )  # fmt: skip
+    assert alive == [True, True, False, False, False, False] and len(models) == 3
     same(online, cached, rtol=1e-3, atol=1e-5)
     assert kl_of(online) == pytest.approx(kl_of(cached), rel=1e-4) and kl_of(cached) == kl_of(again)
-    told = [line for line in capfd.readouterr().err.splitlines() if "teacher cache" in line]
+    told = [line for line in capfd.readouterr().err.splitlines() if "teacher cache /" in line]
     assert len(told) == 2 and f"tokens of {8 * (4 + 2) + 4} bytes" in told[0] and told[1].endswith(" 0 to write")
 
 
@@ -265,6 +273,7 @@ def test_a_cache_of_something_else_is_refused(trained, damaged, tokenizer, corpo
     monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(9, 9, 9))
     with pytest.raises(CheckpointError, match=r"needs 0\.00 GB, and 0\.00 GB are free"):
         filled(trained, tokenizer, corpora, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 WAYS = {

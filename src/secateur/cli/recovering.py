@@ -42,7 +42,7 @@ def recover(
         ),
     ] = None,
     distill_weight: Annotated[
-        float | None, typer.Option(help="Of the divergence from the teacher; the rest is that of the text; 0.5.")
+        float | None, typer.Option(help="Of the divergence from the teacher; the rest is that of the text; 0.9.")
     ] = None,
     distill_temperature: Annotated[float | None, typer.Option(help="Of both models' distributions; 1.")] = None,
     distill_top_k: Annotated[

@@ -15,7 +15,7 @@ class DistillSettings(Section):
     `distill: true` takes all defaults.
     """
 
-    weight: float = Field(0.5, gt=0, le=1)
+    weight: float = Field(0.9, gt=0, le=1)
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     hidden: float = Field(0.0, ge=0)

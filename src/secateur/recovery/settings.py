@@ -31,7 +31,7 @@ class Distillation:
         RecipeError: a value is out of range, or the cache is asked to hold what it does not.
     """
 
-    weight: float = 0.5
+    weight: float = 0.9
     temperature: float = 1.0
     top_k: int = 0
     hidden: float = 0.0

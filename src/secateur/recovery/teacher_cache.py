@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,16 +106,17 @@ def filled_cache(
     per_token = top_k * (4 + index_type.itemsize) + 4
     counts = [sum(label != IGNORED for label in e["labels"][1:]) for e in known.values()]
     shards = list(_parted(folder, counts, per_token))
-    missing = _opened(folder, key, shards)
+    missing = _missing(folder, key, shards)
     needed = sum(shard.tokens for shard in missing) * per_token
     told = f"{len(counts):,} examples, {sum(counts):,} tokens of {per_token:,} bytes: {sum(counts) * per_token:,} bytes"
     print(f"- teacher cache {folder}: {told}, {needed:,} to write", file=sys.stderr, flush=True)
     rows = list(known.values())
     try:
-        _check_space(folder, needed)
+        _begin(folder, key, needed)
         for shard in missing:
             _write(shard, rows[shard.begin : shard.end], teacher, batch, index_type)
-    except OSError as error:
+            print(f"- teacher cache: {shard.end:,} examples are done", file=sys.stderr, flush=True)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the teacher cache {folder} cannot be written: {first_line(error)}") from error
     return CachedTeacher(shards, _places(list(known), counts, shards))
 
@@ -147,8 +148,8 @@ def _parted(folder: Path, counts: Sequence[int], per_token: int) -> Iterator[Sha
     yield Shard(folder / f"{number:05}.safetensors", begin, len(counts), tokens)
 
 
-def _opened(folder: Path, key: dict[str, Any], shards: Sequence[Shard]) -> list[Shard]:
-    """Make the folder a cache of this key, and say which shards are not in it.
+def _missing(folder: Path, key: dict[str, Any], shards: Sequence[Shard]) -> list[Shard]:
+    """Which shards of this key are not in the folder yet; nothing is changed.
 
     Raises:
         CheckpointError: it is something else, or a cache of another key.
@@ -161,14 +162,30 @@ def _opened(folder: Path, key: dict[str, Any], shards: Sequence[Shard]) -> list[
     if found is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} is no teacher cache: name a folder that is empty or not there yet")
-        folder.mkdir(parents=True, exist_ok=True)
-        _whole(index, lambda part: part.write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8"))
     elif differ := [name for name, value in key.items() if found.get(name) != value]:
         raise CheckpointError(
             f"the teacher cache {folder} was made with another {', another '.join(differ)}: remove it to have it made "
             "anew, or name another folder (--distill-cache, recovery.distill.cache)"
         )
     return [shard for shard in shards if not _is_whole(shard, key["top_k"])]
+
+
+def _begin(folder: Path, key: dict[str, Any], needed: int) -> None:
+    """Make the folder and its index, if there is room for the rest.
+
+    Raises:
+        CheckpointError: there is not.
+    """
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if needed > (free := shutil.disk_usage(there).free):
+        raise CheckpointError(
+            f"the teacher cache {folder} needs {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free: give less "
+            "data, a smaller --distill-top-k (top_k), or no cache"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / INDEX).exists():
+        text = json.dumps(key, indent=1) + "\n"
+        _whole(folder / INDEX, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _is_whole(shard: Shard, top_k: int) -> bool:
@@ -195,7 +212,7 @@ def _write(shard: Shard, examples: Sequence[Example], teacher: Teacher, batch: i
     _whole(shard.file, lambda part: save_file(tensors, part))
 
 
-def _whole(path: Path, write: Any) -> None:
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name first, so that it is whole or not there."""
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     write(part)
@@ -210,11 +227,3 @@ def _places(digests: Sequence[bytes], counts: Sequence[int], shards: Sequence[Sh
             places[digests[example]] = (number, at, counts[example])
             at += counts[example]
     return places
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    if needed > (free := shutil.disk_usage(folder).free):
-        raise CheckpointError(
-            f"the teacher cache {folder} needs {needed / 1e9:,.2f} GB, and {free / 1e9:,.2f} GB are free: give less "
-            "data, a smaller --distill-top-k (top_k), or no cache"
-        )
