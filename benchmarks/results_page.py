@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import audit_page
+import distillation_page
 import loraprune_page
 import lorashear_page
 import prunedlora_page
@@ -168,6 +169,7 @@ def loraprune() -> list[str]:
         *loraprune_page.comparison(results("loraprune_compared_*.json")),
         *loraprune_page.agreement(results("loraprune_agreement_*.json")),
         *lorashear_page.compared(results("lorashear_*.json")),
+        *distillation_page.distillation(results("distillation_*.json")),
         *loraprune_page.memory(results("loraprune_memory*.json")),
         *loraprune_page.compaction(results("loraprune_compaction.json")),
     ]

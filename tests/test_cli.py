@@ -82,15 +82,18 @@ def test_prune_and_recover_in_one_command(secateur, checkpoint_folder, text_file
     code, _, err = secateur(
         "prune", checkpoint_folder, "-o", tmp_path / "o", "--method", "llm-pruner",
         "--sparsity", 0.2, "--criterion", "l2", "--calibration",
-        text_file, "--recover-steps", 1, "--data", text_file, "--text", text_file,
+        text_file, "--recover-steps", 1, "--data", text_file, "--text", text_file, "--distill",
     )  # fmt: skip
     assert code == 0, err
+    told = json.loads((tmp_path / "o" / "results.json").read_text())["recovery"]
+    assert told["dense"]["source"] == str(checkpoint_folder) and told["settings"]["distill"]["weight"] > 0
     assert {f.name for f in (tmp_path / "o").iterdir()} >= {"plan.json", "adapter", "config.json", "results.json"}
     assert [f.name for f in tmp_path.iterdir()] == ["o"]
     card = ModelCard.load(tmp_path / "o" / "README.md")
     assert card.data.base_model is None  # the hub takes no folder for one
     assert f"from the checkpoint `{checkpoint_folder.name}`" in card.text and "o.secateur" not in card.content
     assert "| stories | " in card.text and "| dense | pruned | recovered |" in card.text
+    assert f"It was distilled from {checkpoint_folder.name}: weight " in card.text
 
 
 def test_kinds_by_name_with_a_share_of_their_own(secateur, checkpoint_folder, text_file, tmp_path):

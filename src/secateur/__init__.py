@@ -33,13 +33,14 @@ if TYPE_CHECKING:
     from secateur.methods.lorashear import LoRAShear
     from secateur.methods.prunedlora import PrunedLoRA, prune_adapter
     from secateur.plan import PruningPlan
-    from secateur.recovery import RecoverySettings, draw_mix, recover
+    from secateur.recovery import Distillation, RecoverySettings, draw_mix, recover
     from secateur.surgery import mask, prove, slice
     from secateur.surgery.rank_schedule import PrunedLoRASettings
 
 _HOME = {
     "Budget": "allocation",
     "ComponentCriterion": "importance.components",
+    "Distillation": "recovery",
     "Gate": "importance",
     "Group": "groups",
     "Groups": "groups",
@@ -76,11 +77,11 @@ _HOME = {
 
 __version__ = "0.1.0"
 __all__ = [
-    "Budget", "ComponentCriterion", "Gate", "Group", "Groups", "Knowledge", "LoRAPrune", "LoRAShear", "Magnitude",
-    "Member", "PrunedLoRA", "PrunedLoRASettings", "PruningPlan", "Random", "RecoverySettings", "SecateurError",
-    "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix", "knowledge_distribution",
-    "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "prune_adapter", "recover", "save",
-    "score", "slice",
+    "Budget", "ComponentCriterion", "Distillation", "Gate", "Group", "Groups", "Knowledge", "LoRAPrune", "LoRAShear",
+    "Magnitude", "Member", "PrunedLoRA", "PrunedLoRASettings", "PruningPlan", "Random", "RecoverySettings",
+    "SecateurError", "Taylor", "allocate", "bench", "calibration_tokens", "discover", "draw_mix",
+    "knowledge_distribution", "leave_one_out", "load", "load_corpus", "mask", "perplexity", "prove", "prune_adapter",
+    "recover", "save", "score", "slice",
 ]  # fmt: skip
 
 

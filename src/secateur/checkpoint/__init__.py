@@ -3,7 +3,7 @@
 from secateur.checkpoint.adapted import save_adapted, write_adapter
 from secateur.checkpoint.card import Form, checkpoint_form
 from secateur.checkpoint.folders import check_space, output_folder
-from secateur.checkpoint.lineage import WRITERS, carried_plan, cut_from, earlier
+from secateur.checkpoint.lineage import WRITERS, carried_plan, cut_from, earlier, layers_left
 from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton, local_folder
 from secateur.checkpoint.memory import available_memory
 from secateur.checkpoint.parity import (
@@ -40,6 +40,7 @@ __all__ = [
     "cut_from",
     "cut_streaming",
     "earlier",
+    "layers_left",
     "load",
     "load_skeleton",
     "local_folder",

@@ -105,10 +105,25 @@ def _lora(run: Step) -> str:
     done = run["settings"]
     length = f"{done['steps']:,} steps" if done["steps"] else f"{done['epochs']:g} epochs, in steps"
     data = ", ".join(Path(corpus["source"]).name for corpus in run["data"])
+    adapters = (
+        f"LoRA of rank {done['rank']} (alpha {done['alpha']:g}, dropout {done['dropout']:g}), merged into the weights"
+    )
+    what = "All weights" if done.get("full_weights") else adapters
     return (
-        f"LoRA of rank {done['rank']} (alpha {done['alpha']:g}, dropout {done['dropout']:g}), merged into the "
-        f"weights: {length} of {done['batch_size']} sequences of up to {done['seq_len']} tokens of {data}, peak "
-        f"learning rate {done['learning_rate']:g}, seed {done['seed']}.{_mixed(run)}"
+        f"{what}: {length} of {done['batch_size']} sequences of up to {done['seq_len']} tokens of {data}, peak "
+        f"learning rate {done['learning_rate']:g}, seed {done['seed']}.{_distilled(run)}{_mixed(run)}"
+    )
+
+
+def _distilled(run: Step) -> str:
+    """A sentence on what was learnt from the dense model, if anything was."""
+    if not (done := run["settings"].get("distill")):
+        return ""
+    known = f", of its {done['top_k']:,} likeliest tokens and the rest" if done["top_k"] else ""
+    hidden = f", and the distance of hidden states with weight {done['hidden']:g}" if done["hidden"] else ""
+    return (
+        f" It was distilled from {Path(run['dense']['source']).name}: weight {done['weight']:g} of the divergence at "
+        f"temperature {done['temperature']:g}{known}{hidden}."
     )
 
 

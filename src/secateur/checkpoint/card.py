@@ -149,7 +149,11 @@ def _files(with_plan: bool, trained: list[Mapping[str, Any]]) -> list[str]:
     """What lies beside the card; `trained` tells of the training that the last step did."""
     lines = ["- `results.json`: every figure, and how it was measured"]
     lines += ["- `plan.json`: the units that were kept, and how they were chosen"] if with_plan else []
-    lines += ["- `adapter/`: the LoRA adapter before it was merged"] if trained else []
+    lines += (
+        ["- `adapter/`: the LoRA adapter before it was merged"]
+        if any(not run.get("settings", {}).get("full_weights") for run in trained)
+        else []
+    )
     mixed = any("mix" in run for run in trained)
     return [*lines, "- `mix.svg`: how the sources of training data were mixed, round by round"] if mixed else lines
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from secateur.plan import PruningPlan
+from secateur.plan import KIND_IN_NAME, PruningPlan
 
 if TYPE_CHECKING:
     from secateur.checkpoint.loading import Checkpoint
@@ -106,6 +106,23 @@ def cut_from(base: Checkpoint) -> tuple[str | None, str | None]:
     found = earlier(base)
     cuts = [step["model"] for step in (steps_of(found) if found else ()) if step["command"] == "prune"]
     return (cuts[0]["source"], cuts[0]["sha256"]) if cuts else (None, None)
+
+
+def layers_left(base: Checkpoint) -> tuple[int, ...]:
+    """Which layers of the model that `base` was cut from are left; empty if that is not known.
+
+    It is where one cut alone was made, whose plan lies beside the checkpoint and names layers.
+
+    Raises:
+        PlanError: the file is no plan.
+    """
+    found = earlier(base)
+    cuts = [step for step in (steps_of(found) if found else ()) if step["command"] == "prune"]
+    plan = carried_plan(base)
+    if plan is None or len(cuts) > 1:
+        return ()
+    of_layers = [kept for name, kept in plan.kept.items() if KIND_IN_NAME.sub("", name) == "layer"]
+    return of_layers[0] if len(of_layers) == 1 else ()
 
 
 def steps_of(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -8,11 +8,12 @@ import typer
 
 from secateur.cli.adapters import tune
 from secateur.cli.analysis import analyze, audit
-from secateur.cli.change import prune, recover
+from secateur.cli.change import prune
 from secateur.cli.common import out
 from secateur.cli.evaluate import eval_
 from secateur.cli.inspect import bench, groups
 from secateur.cli.recipes import demo, recipes_app, run
+from secateur.cli.recovering import recover
 from secateur.cli.report import compare, report
 from secateur.cli.ship import export
 from secateur.errors import SecateurError

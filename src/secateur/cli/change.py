@@ -1,4 +1,4 @@
-"""Verbs that make a smaller or better model: prune, recover."""
+"""The verb that makes a model smaller."""
 
 from __future__ import annotations
 
@@ -101,6 +101,9 @@ def prune(
     recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text to recover or train on; may be repeated.")] = None,
     mix: Mix = None,
+    distill: Annotated[
+        bool | None, typer.Option("--distill", help="Recover from the model as it was before the cut, too.")
+    ] = None,
     report_to: ReportTo = None,
     no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,
     steps: Annotated[int | None, typer.Option(help="While training: optimizer steps.")] = None,
@@ -157,6 +160,7 @@ def prune(
     reading = {"field": field, "seq_len": seq_len}
     checkpointing = {"gradient_checkpointing": gradient_checkpointing}
     watching = {"mix": mix, "report_to": report_to}
+    afterwards = {"distill": distill}
     calibrating = {"source": calibration, "samples": samples}
     scoring: dict[str, Any] = {
         "mode": mode,
@@ -187,14 +191,16 @@ def prune(
     if trains:
         assert method is not None
         unknown = {name: value for name, value in tuning.items() if name not in METHOD_OPTIONS[method]}
-        no_use(method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps})
+        no_use(
+            method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps, **afterwards}
+        )
         recovery: dict[str, Any] | None = {"data": data, **watching, **training, **reading, **checkpointing}
     else:
         no_use(method or "auto", {**training, **tuning})
         scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
         recovers = bool(recover_steps) and not no_recover
-        no_use(f"{method or 'auto'} without --recover-steps", {} if recovers else watching)
-        recovery = {"data": data, **watching, "steps": recover_steps} if recovers else None
+        no_use(f"{method or 'auto'} without --recover-steps", {} if recovers else watching | afterwards)
+        recovery = {"data": data, **watching, **afterwards, "steps": recover_steps} if recovers else None
     recipe = recipe_of(
         model,
         {
@@ -275,88 +281,3 @@ def _kinds(text: str | None) -> tuple[list[str], dict[str, float]]:
                 raise BudgetError(f"--kinds {part}: {share!r} is no number; write {name}=0.25") from error
     check_shares(ratios)
     return names, ratios
-
-
-def recover(
-    model: Model,
-    output: Output,
-    data: Annotated[list[str], typer.Option(help="Corpus name or file; instructions or plain text; may be repeated.")],
-    mix: Mix = None,
-    dense: Annotated[
-        str | None,
-        typer.Option(help="dynamic: the uncut model; if not given, the one that MODEL's results.json names."),
-    ] = None,
-    round_steps: Annotated[
-        int | None, typer.Option(help="uniform, dynamic: optimizer steps of a round; a tenth of all if not given.")
-    ] = None,
-    balance: Annotated[
-        float | None, typer.Option(help="dynamic: part of a round that follows the sizes of the sources; 0.2.")
-    ] = None,
-    patience: Annotated[
-        int | None, typer.Option(help="dynamic: rounds without improvement that end a stage; 2; 0 for never.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
-    alpha: Annotated[int | None, typer.Option(help="LoRA alpha.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
-    targets: Annotated[
-        str | None, typer.Option(help="Module names to adapt, with commas; default: all linear.")
-    ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
-    micro_batch_size: Annotated[int | None, typer.Option(help="Sequences per forward pass.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
-    train_on_inputs: Annotated[
-        bool | None, typer.Option("--train-on-inputs", help="Learn the prompts of instructions, too.")
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory.")
-    ] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between evaluations on the texts.")] = None,
-    field: Field = None,
-    text: Text = None,
-    report_to: ReportTo = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training checkpoint.")] = False,
-    seed: Seed = 42,
-    dtype: Dtype = None,
-    device: Device = None,
-    trust_remote_code: Trust = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Recover a pruned checkpoint with LoRA; writes the merged model and the adapter."""
-    from secateur import pipeline
-
-    recipe = recipe_of(
-        model,
-        {
-            "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code},
-            "recovery": {
-                "data": data,
-                "mix": mix,
-                "dense": dense,
-                "round_steps": round_steps,
-                "balance": balance,
-                "patience": patience,
-                "rank": rank,
-                "alpha": alpha,
-                "dropout": dropout,
-                "targets": targets.split(",") if targets else None,
-                "epochs": epochs,
-                "steps": steps,
-                "learning_rate": learning_rate,
-                "batch_size": batch_size,
-                "micro_batch_size": micro_batch_size,
-                "seq_len": seq_len,
-                "train_on_inputs": train_on_inputs,
-                "gradient_checkpointing": gradient_checkpointing,
-                "eval_every": eval_every,
-                "report_to": report_to,
-                "field": field,
-            },
-            "evaluation": {"texts": text},
-        },
-        seed,
-    )
-    print_results(pipeline.recover_checkpoint(recipe, model, output, resume=resume, overwrite=overwrite))
-    told_where(output)

@@ -2,6 +2,7 @@
 
 from secateur.config.files import list_recipes, load_job, load_recipe, recipe_text
 from secateur.config.recipe import Recipe, dump_recipe, parse_recipe
+from secateur.config.recovery import RecoverSettings
 from secateur.config.sections import (
     BUDGET_OF,
     METHOD_OPTIONS,
@@ -11,7 +12,6 @@ from secateur.config.sections import (
     MethodSettings,
     ModelSettings,
     PruneSettings,
-    RecoverSettings,
     Section,
     TuneSettings,
 )

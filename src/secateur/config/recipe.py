@@ -9,13 +9,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from secateur.config.recovery import RecoverSettings
 from secateur.config.sections import (
     AUTO,
     EvaluationSettings,
     MethodSettings,
     ModelSettings,
     PruneSettings,
-    RecoverSettings,
     Section,
     TuneSettings,
     with_defaults_of_auto,
@@ -74,6 +74,18 @@ class Recipe(Section):
     def _data_to_train_on(self) -> Recipe:
         if self.method.trains and self.recovery is None:
             raise ValueError(f"{self.method.name} prunes while it trains: give a recovery section (data, steps, ...)")
+        return self
+
+    @model_validator(mode="after")
+    def _after_the_cut(self) -> Recipe:
+        if self.recovery is not None and not self.recovers:
+            for name in ("distill", "full_weights"):
+                if getattr(self.recovery, name):
+                    what = "tune" if self.tune is not None else self.method.name
+                    raise ValueError(
+                        f"{name} is for recovery after the cut, and {what} trains adapters from the text while it "
+                        "prunes: leave it out of recovery, or run `secateur recover` on the result"
+                    )
         return self
 
     @model_validator(mode="after")

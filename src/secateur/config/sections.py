@@ -240,45 +240,6 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-class RecoverSettings(Section):
-    """LoRA recovery; defaults are LLM-Pruner's published recipe (LLaMA-7B on alpaca-cleaned)."""
-
-    data: tuple[str, ...] = ("alpaca",)
-    field: str | None = None
-    mix: Literal["proportional", "uniform", "dynamic"] = "proportional"
-    dense: str | None = None
-    round_steps: int | None = Field(None, ge=1)
-    balance: float = Field(0.5, ge=0, le=1)
-    patience: int = Field(2, ge=0)
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
-    targets: tuple[str, ...] | None = None
-    learning_rate: float = Field(1e-4, gt=0)
-    epochs: float = Field(2.0, gt=0)
-    steps: int | None = Field(None, ge=1)
-    batch_size: int = Field(64, ge=1)
-    micro_batch_size: int = Field(4, ge=1)
-    seq_len: int = Field(256, ge=2)
-    warmup_steps: int = Field(100, ge=0)
-    train_on_inputs: bool = False
-    eval_every: int | None = Field(None, ge=1)
-    save_every: int = Field(200, ge=1)
-    gradient_checkpointing: bool = False
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-
-    @model_validator(mode="after")
-    def _fits_the_mix(self) -> RecoverSettings:
-        if self.mix != "proportional" and len(self.data) < 2:
-            raise ValueError(f"a {self.mix} mix needs two sources or more in data (--data a --data b)")
-        without_use = {"proportional": ("dense", "balance", "patience", "round_steps"),
-                       "uniform": ("dense", "balance", "patience"), "dynamic": ()}  # fmt: skip
-        for name in without_use[self.mix]:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"a {self.mix} mix has no use for {name}: leave it out, or choose another --mix")
-        return self
-
-
 class ComponentSettings(Section):
     """Which components of an adapter go, and how the others change; see `importance.components.ComponentCriterion`."""
 

@@ -1,4 +1,5 @@
-"""The uncut model that a dynamic mix compares with: the one named, or what a checkpoint says it was cut from."""
+"""The uncut model that a dynamic mix compares with and that is distilled: the one named, or what a checkpoint says it
+was cut from."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from secateur.pipeline.results import load_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAME_IT = "name the dense model with --dense MODEL (recovery.dense)"
+NAME_IT = "name the dense model with --dense MODEL, or --distill MODEL (recovery.dense)"
 
 
 @dataclass
@@ -54,21 +55,22 @@ class Dense:
 
 
 def dense_of(recipe: Recipe, source: Checkpoint) -> Dense | None:
-    """The dense model of a recipe whose mix is dynamic; None for other mixes. Nothing but its configuration is read.
+    """The dense model of a recipe that has a use for it; None for others. Nothing but its configuration is read.
 
     Raises:
         CheckpointError: none is named or known, its configuration cannot be read, or its vocabulary is another.
     """
     assert recipe.recovery is not None
-    if recipe.recovery.mix != "dynamic":
+    if not recipe.recovery.wants_dense:
         return None
+    mixes = recipe.recovery.distill is None
+    use = "a dynamic mix compares with" if mixes else "distillation learns from"
     named, sha256 = recipe.recovery.dense, None
     if named is None:
         named, sha256 = checkpoints.cut_from(source)
         if named is None:
             raise CheckpointError(
-                f"a dynamic mix compares with the model that {source.source} was cut from, and its results.json names "
-                f"none; {NAME_IT}"
+                f"{use} the model that {source.source} was cut from, and its results.json names none; {NAME_IT}"
             )
     try:
         skeleton = checkpoints.load_skeleton(named, trust_remote_code=recipe.model.trust_remote_code)
@@ -79,6 +81,6 @@ def dense_of(recipe: Recipe, source: Checkpoint) -> Dense | None:
     if sizes[0] != sizes[1]:
         raise CheckpointError(
             f"the dense model {named} has another vocabulary ({sizes[0]:,} tokens) than {source.source} "
-            f"({sizes[1]:,}): their losses do not compare; {NAME_IT}"
+            f"({sizes[1]:,}): their {'losses' if mixes else 'outputs'} do not compare; {NAME_IT}"
         )
     return Dense(named, sha256, recipe, source)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from secateur import checkpoint as checkpoints
@@ -26,13 +26,13 @@ from secateur.pipeline.results import (
     write_checked,
     write_json,
 )
-from secateur.recovery import RecoveryResult, RecoverySettings, recover, save_mix, training_data
+from secateur.recovery import Distillation, RecoveryResult, RecoverySettings, recover, save_mix, training_data
 
 
 def recover_checkpoint(
     recipe: Recipe, folder_in: Path | str, output: Path, *, resume: bool = False, overwrite: bool = False
 ) -> Results:
-    """Recover a (pruned) checkpoint with LoRA into the folder `output`: merged model, and the adapter beside it.
+    """Recover a (pruned) checkpoint into the folder `output`: the trained model, and the adapter beside it, if any.
 
     Training checkpoints lie in `<output>.work` until the run ends; `resume` continues from the last one.
 
@@ -41,7 +41,7 @@ def recover_checkpoint(
     """
     assert recipe.recovery is not None
     check_reporting(recipe)
-    settings = recipe.recovery
+    given = recipe.recovery
     work = output.with_name(output.name + ".work")
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
@@ -51,8 +51,11 @@ def recover_checkpoint(
         checkpoints.check_space(folder, checkpoints.weight_bytes(source.model))  # not only after hours of training
         results = header("recover", source, recipe)
         results["perplexity"] = {}
-        corpora = [load_corpus(name, field=settings.field) for name in settings.data]
-        data = training_data(corpora, needs_tokenizer(source), recovery_settings(settings, recipe.seed))
+        settings = recovery_settings(given, recipe.seed)
+        if settings.distill is not None and settings.distill.hidden:
+            settings = replace(settings, distill=replace(settings.distill, layers=checkpoints.layers_left(source)))
+        corpora = [load_corpus(name, field=given.field) for name in given.data]
+        data = training_data(corpora, needs_tokenizer(source), settings)
         dense = dense_of(recipe, source)
         clock.begin("evaluate_pruned")
         add_stage(results, "pruned", source, source.model, recipe.evaluation)
@@ -61,7 +64,7 @@ def recover_checkpoint(
             source.model,
             needs_tokenizer(source),
             data,
-            recovery_settings(settings, recipe.seed),
+            settings,
             work,
             evaluate=lambda model: values(source, model, recipe.evaluation),
             dense=dense.load if dense else None,
@@ -71,24 +74,27 @@ def recover_checkpoint(
         add_stage(results, "recovered", source, outcome.model, recipe.evaluation)
         clock.end()
         results["params"] = {"recovered": outcome.model.num_parameters()}
-        results["recovery"] = _account(recipe, corpora, outcome, dense)
+        results["recovery"] = _account(settings, corpora, outcome, dense)
         if outcome.mix:
             save_mix(outcome.mix, folder / "mix.svg")
         results["timing"], results["memory"] = clock.seconds, peak_memory()
-        adapter = sum(file.stat().st_size for file in outcome.adapter.rglob("*"))
+        files = [] if outcome.adapter is None else list(outcome.adapter.rglob("*"))
+        adapter = sum(file.stat().st_size for file in files)
         checkpoints.check_space(folder, checkpoints.weight_bytes(outcome.model) + adapter)
-        shutil.copytree(outcome.adapter, folder / "adapter")
+        if outcome.adapter is not None:
+            shutil.copytree(outcome.adapter, folder / "adapter")
         keep_logs(work, folder)
         write_checked(outcome.model, folder, source, results, plan)
     shutil.rmtree(work, ignore_errors=True)
     return results
 
 
-def _account(recipe: Recipe, corpora: Sequence[Corpus], outcome: RecoveryResult, dense: Dense | None) -> Results:
+def _account(
+    settings: RecoverySettings, corpora: Sequence[Corpus], outcome: RecoveryResult, dense: Dense | None
+) -> Results:
     """What `results.json` tells of the training."""
-    assert recipe.recovery is not None
     return {
-        "settings": asdict(recovery_settings(recipe.recovery, recipe.seed)),
+        "settings": asdict(settings),
         "data": [{"source": c.source, "sha256": c.sha256} for c in corpora],
         "log": outcome.log,
         **({"mix": outcome.mix} if outcome.mix else {}),
@@ -98,8 +104,9 @@ def _account(recipe: Recipe, corpora: Sequence[Corpus], outcome: RecoveryResult,
 
 def recovery_settings(settings: RecoverSettings, seed: int) -> RecoverySettings:
     """What the recovery room needs of a recipe's recovery section."""
-    chosen = settings.model_dump(exclude={"data", "field", "dense"}, exclude_none=True)
-    return RecoverySettings(**chosen, seed=seed)
+    chosen = settings.model_dump(exclude={"data", "field", "dense", "distill"}, exclude_none=True)
+    distill = None if settings.distill is None else Distillation(**settings.distill.model_dump())
+    return RecoverySettings(**chosen, distill=distill, seed=seed)
 
 
 def prune_and_recover(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: bool = False) -> Results:

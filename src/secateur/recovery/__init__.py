@@ -5,11 +5,12 @@ from secateur.recovery.picture import draw_mix, save_mix
 from secateur.recovery.rank_picture import draw_ranks, save_ranks
 from secateur.recovery.reporting import check_reporters
 from secateur.recovery.rounds import mix_record
-from secateur.recovery.settings import RecoverySettings
+from secateur.recovery.settings import Distillation, RecoverySettings
 from secateur.recovery.training_data import TrainingData, training_data
 
 __all__ = [
     "LOGS",
+    "Distillation",
     "RecoveryResult",
     "RecoverySettings",
     "TrainingData",

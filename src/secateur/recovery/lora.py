@@ -1,4 +1,5 @@
-"""LoRA recovery through peft and transformers' Trainer (LLM-Pruner, section 3.3; Hu et al. 2021, arXiv:2106.09685)."""
+"""Recovery through transformers' Trainer: LoRA of peft (LLM-Pruner, section 3.3; Hu et al. 2021, arXiv:2106.09685), or
+all weights; from the text alone, or from the dense model, too (`distilling`)."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +18,9 @@ import torch
 
 from secateur.data import Corpus
 from secateur.errors import DataError, RecipeError, first_line
+from secateur.packed import refuse_packed
 from secateur.recovery.callbacks import WHOLE, MeasureTexts, OwnFolder, PrintLosses, StopOnBrokenLoss
+from secateur.recovery.distilling import DistillingTrainer, loaded, teacher_of
 from secateur.recovery.examples import IGNORED
 from secateur.recovery.gradual import GradualPruning
 from secateur.recovery.reporting import PROJECT, ReportFigures, check_reporters, logs_in, own_entries
@@ -37,15 +41,15 @@ class RecoveryResult:
     """What a recovery run leaves.
 
     Attributes:
-        model: the base with the adapter merged in.
-        adapter: PEFT folder of the adapter alone.
+        model: trained; the base with the adapter merged in.
+        adapter: PEFT folder of the adapter alone; None where all weights were trained.
         log: the Trainer's log: losses by step, and perplexities where measured.
         seconds: wall time of the training.
         mix: what each round was (`mix_record`); None for a proportional mix.
     """
 
     model: PreTrainedModel
-    adapter: Path
+    adapter: Path | None
     log: list[dict[str, Any]]
     seconds: float
     mix: dict[str, Any] | None = None
@@ -62,35 +66,39 @@ def recover(
     dense: Callable[[], PreTrainedModel] | None = None,
     resume: bool = False,
 ) -> RecoveryResult:
-    """Train LoRA adapters on a copy of `model` and merge them.
+    """Train LoRA adapters on a copy of `model` and merge them, or all weights of the copy.
 
     Args:
         data: corpora, or what `training_data` made of them with the same settings.
         output: folder for training checkpoints (`checkpoints/`) and the adapter (`adapter/`).
         evaluate: measures the model every `settings.eval_every` steps; the result goes into the log.
-        dense: gives the uncut model, for a dynamic mix; called once, before training, and not when a run goes on.
+        dense: gives the uncut model, for a dynamic mix and for distillation; called once, before training, and for a
+            mix alone not when a run goes on.
         resume: go on from the last checkpoint in `output`, if there is one.
 
     Raises:
         DataError: the corpora give no example, or too few to hold some out.
-        RecipeError: the targets asked for are not there or cannot carry adapters, or there is nothing to mix.
-        CheckpointError: the run to go on with had another mix.
+        RecipeError: the targets asked for are not there or cannot carry adapters, there is nothing to mix, or the dense
+            model is no teacher for this one.
+        CheckpointError: the run to go on with had another mix, or the cache of a teacher is another's.
         NonFiniteError: the loss becomes NaN or infinite.
     """
-    adapted = with_adapters(copy.deepcopy(model), settings)
+    own: Any = copy.deepcopy(model)
+    trained = _with_all_weights(own, settings) if settings.full_weights else with_adapters(own, settings)
     log, seconds = train(
-        adapted, tokenizer, data, settings, Path(output), evaluate=evaluate, dense=dense, resume=resume
+        trained, tokenizer, data, settings, Path(output), evaluate=evaluate, dense=dense, resume=resume
     )
-    adapter = Path(output) / "adapter"
-    adapted.save_pretrained(adapter)
-    merged = adapted.merge_and_unload()
-    merged.config.use_cache = getattr(model.config, "use_cache", True)  # which training switched off
+    adapter = None if settings.full_weights else Path(output) / "adapter"
+    if adapter is not None:
+        trained.save_pretrained(adapter)
+        own = trained.merge_and_unload()
+    own.config.use_cache = getattr(model.config, "use_cache", True)  # which training switched off
     rest = [entry for entry in log if "mix" not in entry]
-    return RecoveryResult(merged.eval(), adapter, rest, seconds, mix_record(log, settings))
+    return RecoveryResult(own.eval(), adapter, rest, seconds, mix_record(log, settings))
 
 
 def train(
-    adapted: PeftModel,
+    adapted: PeftModel | PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Sequence[Corpus] | TrainingData,
     settings: RecoverySettings,
@@ -101,7 +109,7 @@ def train(
     dense: Callable[[], PreTrainedModel] | None = None,
     resume: bool = False,
 ) -> tuple[list[dict[str, Any]], float]:
-    """Train the adapters in a model; arguments as for `recover`.
+    """Train the adapters in a model, or whatever else of it needs gradients; arguments as for `recover`.
 
     What an earlier run left in `output` is replaced when training begins; what this one does vanishes with its error.
     What TensorBoard and W&B write lies in `output/logs`.
@@ -120,14 +128,13 @@ def train(
     started = last_checkpoint(output) if resume else None
     folder = OwnFolder(output, resume)
     ours: list[TrainerCallback] = []
+    rounds: Rounds | None = None
     ready = data if isinstance(data, TrainingData) else training_data(data, tokenizer, settings)
     arguments = _arguments(settings, ready.steps, output, adapted.dtype)
     if ready.sources:
         per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
         pruned_at = max((c.last_cut(ready.steps) for c in callbacks if isinstance(c, GradualPruning)), default=0)
         rounds = Rounds(ready.sources, settings, ready.steps, per_step, pruned_at)
-        if started is None:
-            rounds.measure_dense(dense)
         ours, dataset = [rounds], rounds.data
     else:
         from datasets import Dataset
@@ -135,11 +142,13 @@ def train(
         if started is not None:
             check_pooled(started)
         dataset = Dataset.from_list(list(ready.examples))
+    to_measure = rounds if started is None else None
+    kind = _kind_of_trainer(dense, to_measure, adapted, ready, settings, arguments)
     if evaluate is not None and settings.eval_every:
         ours.append(MeasureTexts(evaluate, settings.eval_every))
     begin = time.perf_counter()
     with folder.gone_after_an_error(), logs_in(output / LOGS, settings.report_to):
-        trainer = _trainer(adapted, tokenizer, dataset, arguments)
+        trainer = _trainer(adapted, tokenizer, dataset, arguments, kind)
         report = [ReportFigures(trainer, callbacks)] if settings.report_to else []
         for callback in [*ours, *callbacks, *report, folder]:
             trainer.add_callback(callback)
@@ -147,10 +156,51 @@ def train(
     return own_entries(trainer.state.log_history), round(time.perf_counter() - begin, 3)
 
 
+def _kind_of_trainer(
+    dense: Callable[[], PreTrainedModel] | None,
+    rounds: Rounds | None,
+    student: Any,
+    data: TrainingData,
+    settings: RecoverySettings,
+    arguments: TrainingArguments,
+) -> Callable[..., Trainer]:
+    """The Trainer's class, with the dense model as a teacher if it distils; what else the dense model is for is done.
+
+    Args:
+        rounds: for which the dense model is to be measured; None if that is done or there is no mix.
+    """
+    from transformers import Trainer
+
+    if settings.distill is None:
+        if rounds is not None:
+            rounds.measure_dense(dense)
+        plain: Callable[..., Trainer] = Trainer
+        return plain
+    model = loaded(dense, arguments.device)
+    if rounds is not None:
+        rounds.measure_dense(lambda: model)
+    teacher = teacher_of(model, student, data, settings.distill, arguments)
+    return partial(DistillingTrainer, teacher=teacher, distillation=settings.distill)
+
+
 def last_checkpoint(output: Path) -> str | None:
     """The newest training checkpoint of a run that was written to its end, None if there is none."""
     found = [file.parent for file in (output / "checkpoints").glob(f"checkpoint-*/{WHOLE}")]
     return str(max(found, key=lambda folder: int(folder.name.rpartition("-")[2]))) if found else None
+
+
+def _with_all_weights(model: PreTrainedModel, settings: RecoverySettings) -> PreTrainedModel:
+    """The model itself, everything of it to be trained.
+
+    Raises:
+        RecipeError: its weights are stored packed.
+    """
+    from transformers import set_seed
+
+    refuse_packed(model, "trained themselves", RecipeError)
+    set_seed(settings.seed)
+    model.requires_grad_(True)
+    return model
 
 
 def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts: bool = True) -> PeftModel:
@@ -218,8 +268,14 @@ def _arguments(settings: RecoverySettings, steps: int, output: Path, dtype: torc
     )
 
 
-def _trainer(model: Any, tokenizer: PreTrainedTokenizerBase, dataset: Any, arguments: TrainingArguments) -> Trainer:
-    from transformers import DataCollatorForSeq2Seq, PrinterCallback, Trainer
+def _trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Any,
+    arguments: TrainingArguments,
+    kind: Callable[..., Trainer],
+) -> Trainer:
+    from transformers import DataCollatorForSeq2Seq, PrinterCallback
 
     if tokenizer.pad_token is None:
         tokenizer = copy.deepcopy(tokenizer)
@@ -227,7 +283,7 @@ def _trainer(model: Any, tokenizer: PreTrainedTokenizerBase, dataset: Any, argum
             raise DataError("the tokenizer has neither a padding nor an end token, so examples cannot be batched")
         tokenizer.pad_token = tokenizer.eos_token
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
-    trainer = Trainer(
+    trainer = kind(
         model=model,
         args=arguments,
         train_dataset=dataset,

@@ -100,7 +100,7 @@ def held_out_loss(model: PreTrainedModel, source: Source, batch_size: int) -> fl
         for begin in range(0, len(source.held_out), batch_size):
             rows = source.held_out[begin : begin + batch_size]
             ids, mask, labels = (
-                _padded([row[key] for row in rows], fill).to(model.device)
+                padded([row[key] for row in rows], fill).to(model.device)
                 for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", IGNORED))
             )
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
@@ -117,7 +117,7 @@ def held_out_loss(model: PreTrainedModel, source: Source, batch_size: int) -> fl
     return loss
 
 
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+def padded(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
     """Rows of different lengths as one tensor [rows, longest], filled up on the right."""
     longest = max(map(len, rows))
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])

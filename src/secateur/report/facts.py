@@ -62,7 +62,9 @@ def summary(run: Run) -> str:
         data = ", ".join(Path(source.source).name for source in training.data)
         what = "Then it was recovered" if name == "recovery" else "Adapters were trained meanwhile"
         what = what if run.cuts or name == "recovery" else "An adapter was trained and pruned"
-        told.append(f"{what} with LoRA of rank {done.get('rank')}: {length} on {data}.")
+        how = "all weights" if done.get("full_weights") else f"LoRA of rank {done.get('rank')}"
+        how += ", distilled from the dense model" if done.get("distill") else ""
+        told.append(f"{what} with {how}: {length} on {data}.")
     return " ".join(told)
 
 
