@@ -23,10 +23,12 @@ class Measured:
     """Losses that add up over groups: a price for each, times a power of the share that goes."""
 
     def __init__(self, groups, prices, power=2.0):
-        self.groups, self.prices, self.power, self.asked = groups, prices, power, 0
+        self.groups, self.prices, self.power = groups, prices, power
+        self.known, self.asked = set(), 0  # how often something new was wanted
 
     def __call__(self, cuts):
-        self.asked += 1
+        self.asked += not self.known.issuperset(map(str, cuts))
+        self.known.update(map(str, cuts))
         return [3.0 + sum(self.of(name, len(units)) for name, units in cut.items()) for cut in cuts]
 
     def of(self, name, gone):
@@ -150,3 +152,14 @@ def test_kinds_that_share_matrices_are_refused():
     measure = Measured(groups, dict.fromkeys((g.name for g in groups), 1.0))
     with pytest.raises(BudgetError, match="share matrices"):
         allocate(groups, random_scores(groups, kinds, 0), Budget(0.3), ranking="search", measure=measure)
+
+
+def test_the_tradeoff_comes_from_the_same_measurements():
+    groups = llama_groups(layers=4, ffn=64, kv=4, hidden=8)
+    scores, measure = random_scores(groups, KINDS, 0), Measured(groups, prices_of(groups, 1))
+    plan = allocate(groups, scores, Budget(0.3), kinds=KINDS, ranking="search", uniform=False, measure=measure)
+    assert measure.asked == 1
+    shares, losses = zip(*plan.provenance["allocation"]["tradeoff"], strict=True)
+    assert list(shares) == sorted(shares) and list(losses) == sorted(losses) and len(shares) > 8
+    made = sum(measure.of(name, len(plan.removed(name))) for name in plan.kept)
+    assert np.interp(0.3, shares, losses) == pytest.approx(made, rel=0.1)

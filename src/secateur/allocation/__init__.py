@@ -14,7 +14,7 @@ from secateur.allocation.families import Family, select_families
 from secateur.allocation.limits import Feasible, Limits, check_shares
 from secateur.allocation.ranking import RankingName, rank
 from secateur.allocation.report import provenance
-from secateur.allocation.search import Measure, search
+from secateur.allocation.search import Measure, search, tradeoff
 from secateur.allocation.size import Size, parameters_left, units_left
 from secateur.errors import BudgetError
 from secateur.groups import Groups, IndexArray
@@ -110,7 +110,7 @@ def allocate(
 
     Returns:
         The plan; its provenance records these arguments, the sparsity and the share of each kind reached, under
-        `allocation`.
+        `allocation`; of a search the curve of what other budgets are expected to cost, too (`search.tradeoff`).
 
     Raises:
         BudgetError: the budget cannot be reached (the message says what can), a kind has no group to cut, or
@@ -141,6 +141,8 @@ def allocate(
     if priced is not None:
         left = priced.at(counts)
         made["cost"] = {"whole": priced.whole, "left": left, "sparsity": 1 - left / priced.whole}
+    if measure is not None:
+        made["tradeoff"] = tradeoff(families, priced or parameters_left(groups, families), measure)
     return PruningPlan(kept, units, {"allocation": made})
 
 

@@ -80,6 +80,9 @@ class Ranking:
     def settle_from(self, kept: IndexArray, target: float) -> IndexArray:
         """Units kept in each family so that the measure comes closest to `target`, from counts that are near it.
 
+        Where a coarse step leaves a gap that no single step closes, each family is made to give one back, and finer
+        ones fill up.
+
         Args:
             kept: counts to begin with; single steps are taken or given back from there, in order.
             target: what should be left of the measure.
@@ -90,7 +93,26 @@ class Ranking:
             dtype=np.int64,
         )
         direction = 1 if self.left(taken) >= target else -1
-        return self.kept(self._polished(self._walked(taken, target, direction), target))
+        found = [self._polished(self._walked(taken, target, direction), target)]
+        closed = abs(self.left(found[0]) - target) <= min(self._sizes(found[0])) / 2
+        for f in [] if closed else np.flatnonzero(found[0]).tolist():
+            trial = found[0].copy()
+            trial[f] -= 1
+            back = self.left(trial)
+            if back > target:
+                found.append(self._polished(self._walked(trial, target, 1), target))
+        return self.kept(min(found, key=lambda steps: abs(self.left(steps) - target)))
+
+    def _sizes(self, taken: IndexArray) -> list[float]:
+        """What the next step of each family that has one would take, and what the last one took."""
+        here, found = self.left(taken), []
+        for f, places in enumerate(self.places):
+            for number in (taken[f] + 1, taken[f] - 1):
+                if 0 <= number <= len(places):
+                    trial = taken.copy()
+                    trial[f] = number
+                    found.append(abs(self.left(trial) - here))
+        return [size for size in found if size > 0] or [0.0]
 
     def _walked(self, taken: IndexArray, target: float, direction: int) -> IndexArray:
         """Take further steps in order (direction 1), or give steps back from the end (-1), without passing `target`.

@@ -79,6 +79,26 @@ def search(families: Sequence[Family], counted: Counted, target: float, measure:
     return rank(straight, counted, counted, "global").settle_from(kept, target)
 
 
+def tradeoff(families: Sequence[Family], counted: Counted, measure: Measure) -> list[tuple[float, float]]:
+    """What the cheapest widths are expected to cost at other budgets, from the same measurements.
+
+    Returns:
+        For each twentieth of what is counted, as far as it can go: the share that goes (by whole candidates, so at
+        least that much), and the sum of the losses of the families [nats per token].
+    """
+    chosen = curves(families, counted, measure)
+    start = counted.at(np.array([f.counts[0] for f in families], dtype=np.int64))
+    whole = counted.at(np.array([f.units for f in families], dtype=np.int64))
+    found = []
+    for share in np.arange(0.05, 1, 0.05):
+        wanted = start - whole * (1 - share)
+        if wanted <= sum(float(curve.saved[-1]) for curve in chosen):
+            kept = cheapest(chosen, wanted)
+            loss = sum(float(c.losses[c.counts == k][0]) for c, k in zip(chosen, kept, strict=True))
+            found.append((round(1 - counted.at(kept) / whole, 6), loss))
+    return found
+
+
 def curves(families: Sequence[Family], counted: Counted, measure: Measure) -> list[Curve]:
     """The curve of each family.
 
