@@ -11,7 +11,7 @@ from secateur.allocation import Budget
 from secateur.config import dump_recipe, parse_recipe
 from secateur.data import calibration_tokens, load_corpus
 from secateur.discovery import discover
-from secateur.errors import RecipeError
+from secateur.errors import PlanError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
 from secateur.importance import Taylor
@@ -123,3 +123,18 @@ def test_a_recipe_holds_what_it_depends_on():
 def test_a_search_is_for_no_other_method():
     with pytest.raises(RecipeError, match="the ranking search is of the method auto"):
         parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"ranking": "search"}})
+
+
+def test_a_form_that_the_class_cannot_have_is_left_out(trained, tokens, monkeypatch):
+    whole = auto._Work.form
+
+    def only(self, uniform):
+        if uniform:
+            raise PlanError("no field says so")
+        return whole(self, uniform)
+
+    monkeypatch.setattr(auto._Work, "form", only)
+    result = run(trained, [tokens], Auto(Budget(0.2), compensation=None))
+    assert result.choice == {"chosen": "per_layer", "why": "the other form is not possible: no field says so"}
+    with pytest.raises(PlanError, match="no field says so"):
+        run(trained, [tokens], Auto(Budget(0.2), uniform=True))

@@ -249,7 +249,10 @@ BAD = {
     ),
     "no plan": (["--plan", "nothing.json"], "cannot read the plan"),
     "foreign plan": (["--plan", "{plan}"], "another model"),
-    "protected uniform": (["--sparsity", "0.2", "--calibration", "{good}", "--protect-first", "1"], "per-layer"),
+    "protected uniform": (
+        ["--sparsity", "0.2", "--calibration", "{good}", "--uniform", "--protect-first", "1"],
+        "per-layer",
+    ),
 }
 
 

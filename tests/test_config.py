@@ -21,7 +21,7 @@ def test_the_papers_models_are_all_there():
     names = {f"llm-pruner/{n}" for n in wanted} | {f"loraprune/{n}" for n in llama}
     names |= {f"lorashear/llama-7b-{ratio}" for ratio in (20, 50)}
     names |= {f"prunedlora/llama-3-8b-r{rank}" for rank in (128, 256, 512)}
-    assert names | {"demo", "sweeps/demo"} == set(list_recipes())
+    assert names | {"demo", "sweeps/demo", "auto/llama-7b"} == set(list_recipes())
     recipe = load_recipe("llm-pruner/llama-7b")
     assert recipe.prune.unit_sparsity == 0.25 and recipe.prune.protect_first == 4 and recipe.prune.protect_last == 2
     assert recipe.recovery.learning_rate == 1e-4 and recipe.recovery.batch_size == 64

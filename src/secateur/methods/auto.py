@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from secateur.allocation import Budget, Cost, Measure, allocate, check_shares
+from secateur.allocation import Budget, Measure, allocate, check_shares
 from secateur.allocation.ranking import RankingName
 from secateur.benchmark.costs import Workload
 from secateur.compensation import Compensated, Compensation, compensated
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 
 ASIDE = 8  # one sequence of so many chooses between forms
 MEASURES = 4  # one sequence of so many of the others measures what widths cost
+NAMES = {True: "uniform", False: "per_layer"}
 MARGIN = 0.02  # nats per token, 2 % of the perplexity
 
 
@@ -113,26 +114,36 @@ def run(
         NonFiniteError: a loss or score is NaN or infinite.
     """
     on_step("discover")
-    groups = discover(model)
-    cost = None if settings.workload is None else settings.workload.without(model, groups)
     forms, why = _forms(settings, sum(map(len, batches)))
     rest, aside = _apart(batches, len(forms) > 1)
-    found = {
-        uniform: _one_form(model, groups, rest, replace(settings, uniform=uniform), cost, on_step) for uniform in forms
-    }
+    work = _Work(model, discover(model), rest, settings, on_step)
+    found, refused = {}, {}
+    for uniform in forms:
+        try:
+            found[uniform] = work.form(uniform)
+        except (PlanError, BudgetError) as error:  # a class may be able to have one form only
+            refused[uniform] = error
+    if not found:
+        raise refused[forms[0]]
     if len(found) == 1:
-        chosen = "uniform" if forms[0] else "per_layer"
-        return replace(found[forms[0]], choice={"chosen": chosen, "why": why} if why else {})
+        (uniform,) = found
+        why = why or next((f"the other form is not possible: {error}" for error in refused.values()), "")
+        return replace(found[uniform], choice={"chosen": NAMES[uniform], "why": why} if why else {})
     on_step("choose")
+    return _better(found, aside)
+
+
+def _better(found: Mapping[bool, PruneResult], aside: Tensor) -> PruneResult:
+    """Step 6."""
     same, free = (losses_of_rows(found[uniform].model, aside) for uniform in (True, False))
     gain = same - free
     error = float(gain.std()) / math.sqrt(len(gain))
-    better = float(gain.mean()) > max(MARGIN, 2 * error)
+    uniform = float(gain.mean()) <= max(MARGIN, 2 * error)
     choice = {
         "uniform": float(same.mean()), "per_layer": float(free.mean()), "gain": float(gain.mean()),
-        "standard_error": error, "sequences": len(gain), "chosen": "per_layer" if better else "uniform",
+        "standard_error": error, "sequences": len(gain), "chosen": NAMES[uniform],
     }  # fmt: skip
-    return replace(found[not better], choice=choice)
+    return replace(found[uniform], choice=choice)
 
 
 def _forms(settings: Auto, sequences: int) -> tuple[tuple[bool, ...], str]:
@@ -154,46 +165,80 @@ def _apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
     return rows[~aside], rows[aside]
 
 
-def _one_form(
-    model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, cost: Cost | None, on_step: Step
-) -> PruneResult:
-    """Steps 2 to 5 for one form."""
-    uniform = bool(settings.uniform)
-    kinds = settings.kinds or tuple(dict.fromkeys([*groups.kinds_in_blocks(), *settings.kind_ratios]))
-    can = expressible(model, groups, kinds, uniform=uniform)
-    named = settings.kinds or tuple(settings.kind_ratios)
-    candidates, left_whole = select(model, groups, kinds, can, named=named, uniform=uniform)
-    plan = PruningPlan({}, {})
-    first: dict[str, Tensor] = {}
-    for step in range(1, settings.iterations + 1):
-        on_step("score")
-        with _as_cut(model, plan, rows, settings, groups):
-            scores = score(model, candidates, [rows], settings.criterion, settings.reduction)
-            for name in plan.kept:
-                scores[name][list(plan.removed(name))] = -1.0
-            first = first or scores
-            on_step("allocate")
-            plan = allocate(
-                candidates,
-                scores,
-                _share(settings.budget, step, settings.iterations),
-                ranking=settings.ranking,
-                uniform=uniform,
-                round_to=settings.round_to,
-                protect_first=settings.protect_first,
-                protect_last=settings.protect_last,
-                protect=settings.protect,
-                layer_ratios=settings.layer_ratios,
-                kind_ratios={k: linear(step, settings.iterations, s) for k, s in settings.kind_ratios.items()},
-                feasible=can.feasible,
-                ties=can.ties,
-                multiples=can.multiples,
-                beyond=plan if plan.kept else None,
-                measure=_measure(model, groups, candidates, rows, settings),
-                cost=cost,
-            )
-    small, done = _cut(model, plan, rows, settings.compensation, groups, on_step)
-    return PruneResult(small, plan, candidates, first, left_whole, done)
+class _Work:
+    """Steps 2 to 5, with what both forms share."""
+
+    def __init__(self, model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, on_step: Step) -> None:
+        self.model, self.groups, self.rows, self.settings, self.on_step = model, groups, rows, settings, on_step
+        self.cost = settings.workload.without(model, groups) if settings.workload else None
+        self.scores: dict[str, Tensor] = {}  # of the whole model
+        self.measure: Measure | None = None
+
+    def form(self, uniform: bool) -> PruneResult:
+        """The model cut to the same widths in every layer, or to widths by layer."""
+        s = self.settings
+        kinds = s.kinds or tuple(dict.fromkeys([*self.groups.kinds_in_blocks(), *s.kind_ratios]))
+        can = expressible(self.model, self.groups, kinds, uniform=uniform)
+        named = s.kinds or tuple(s.kind_ratios)
+        candidates, left_whole = select(self.model, self.groups, kinds, can, named=named, uniform=uniform)
+        plan = PruningPlan({}, {})
+        for step in range(1, s.iterations + 1):
+            with self._as_cut(plan):
+                self.on_step("score")
+                scores = self._scored(candidates, plan)
+                self.on_step("allocate")
+                plan = allocate(
+                    candidates,
+                    scores,
+                    _share(s.budget, step, s.iterations),
+                    ranking=s.ranking,
+                    uniform=uniform,
+                    round_to=s.round_to,
+                    protect_first=s.protect_first,
+                    protect_last=s.protect_last,
+                    protect=s.protect,
+                    layer_ratios=s.layer_ratios,
+                    kind_ratios={k: linear(step, s.iterations, share) for k, share in s.kind_ratios.items()},
+                    feasible=can.feasible,
+                    ties=can.ties,
+                    multiples=can.multiples,
+                    beyond=plan if plan.kept else None,
+                    measure=self._measured(candidates, plan),
+                    cost=self.cost,
+                )
+        small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
+        first = {g.name: self.scores[g.name] for g in candidates}
+        return PruneResult(small, plan, candidates, first, left_whole, done)
+
+    def _as_cut(self, plan: PruningPlan) -> AbstractContextManager[Any]:
+        """The model as a plan leaves it: compensated, masked, or whole."""
+        if not plan.kept:
+            return nullcontext()
+        if self.settings.compensation is None:
+            return mask(self.model, plan, self.groups)
+        return compensated(self.model, plan, [self.rows], self.settings.compensation, self.groups)
+
+    def _scored(self, candidates: Groups, plan: PruningPlan) -> dict[str, Tensor]:
+        """Importance in the model as it is now; units already removed rank below all others."""
+        new = [g for g in candidates if plan.kept or g.name not in self.scores]
+        scores = score(self.model, new, [self.rows], self.settings.criterion, self.settings.reduction) if new else {}
+        if not plan.kept:
+            self.scores |= scores
+            return {g.name: self.scores[g.name] for g in candidates}
+        for name in plan.kept:
+            scores[name][list(plan.removed(name))] = -1.0
+        return scores
+
+    def _measured(self, candidates: Groups, plan: PruningPlan) -> Measure | None:
+        """What a search measures with."""
+        if self.settings.ranking != "search":
+            return None
+        if plan.kept or self.measure is None:
+            measure = CutLosses(self.model, self.groups, candidates, [self.rows[::MEASURES]])
+            if plan.kept:
+                return measure
+            self.measure = measure
+        return self.measure
 
 
 def _cut(
@@ -206,24 +251,6 @@ def _cut(
         with suppress(PlanError):
             return cut(model, plan, [rows], form, groups, on_step)
     return cut(model, plan, [rows], None, groups, on_step)
-
-
-def _as_cut(
-    model: PreTrainedModel, plan: PruningPlan, rows: Tensor, settings: Auto, groups: Groups
-) -> AbstractContextManager[Any]:
-    """The model as a plan leaves it: compensated, masked, or whole."""
-    if not plan.kept:
-        return nullcontext()
-    if settings.compensation is None:
-        return mask(model, plan, groups)
-    return compensated(model, plan, [rows], settings.compensation, groups)
-
-
-def _measure(
-    model: PreTrainedModel, groups: Groups, candidates: Groups, rows: Tensor, settings: Auto
-) -> Measure | None:
-    """What a search measures with."""
-    return CutLosses(model, groups, candidates, [rows[::MEASURES]]) if settings.ranking == "search" else None
 
 
 def _share(budget: Budget | None, step: int, steps: int) -> Budget | None:
