@@ -7,7 +7,8 @@ Of every source a part is set aside and never trained on; perplexities are measu
 Every row trains adapters for the same number of steps of the same size:
 
     llm-pruner  first-order Taylor cut, then recovery on all sources pooled (static)
-    auto        our method's cut, then the same recovery; settings of it may follow after a colon
+    auto        our method's cut, then the same recovery; settings of it may follow after a colon, and `distill=0.9`,
+                the weight of learning from the dense model
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
     lorashear-random  the same with units drawn at random in each period
@@ -119,6 +120,8 @@ def parsed(method: str) -> tuple[str, bool, bool, dict[str, Any], dict[str, Any]
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     name, knows, _ = name.partition(KNOWLEDGE)
     recovery = {key: value for key, value in given.items() if key in OF_THE_RECOVERY}
+    if "distill" in recovery:
+        recovery["distill"] = sc.Distillation(weight=recovery["distill"])
     pruning = {key: value for key, value in given.items() if key not in recovery}
     return name.removesuffix(DYNAMIC), name.endswith(DYNAMIC), bool(knows), pruning, recovery
 
