@@ -457,6 +457,24 @@ class TestRefusals:
             PrunedLoRA(2).prepare(model)
 
     def test_stopped_early(self, tmp_path):
+    @pytest.mark.parametrize("target", [8, 9])
+    @pytest.mark.parametrize(("scope", "have"), [("adapter", "no module of more than rank 8"),
+                                                 ("global", "an average rank of 8")])  # fmt: skip
+    def test_nothing_to_remove(self, target, scope, have, tmp_path):
+        message = f"{have}, and {target} is to be left, so that nothing would be removed"
+        with pytest.raises(BudgetError, match=message):
+            trained(adapted(make("llama")), [PrunedLoRA(target, scope=scope)], tmp_path)
+        model = adapted(make("llama"))
+        with pytest.raises(BudgetError, match=message):
+            prune_adapter(model, [probe_ids(model)], PrunedLoRASettings(target, scope=scope))
+
+    def test_some_modules_at_the_target_are_left_alone(self, tmp_path):
+        pruning = PrunedLoRA(4, every=2)
+        trained(adapted(make("llama"), rank_pattern={"q_proj": 4, "up_proj": 2}), [pruning], tmp_path)
+        ranks = pruning.finish()
+        assert {r for name, r in ranks.items() if name.endswith("up_proj")} == {2}
+        assert {r for name, r in ranks.items() if not name.endswith("up_proj")} == {4}
+
         class Stop(TrainerCallback):
             def on_step_end(self, args, state, control, **_):
                 control.should_training_stop = state.global_step == 4

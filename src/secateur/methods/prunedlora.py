@@ -84,10 +84,11 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
         """Make sure that the target is reached in a run of so many steps; after `prepare`.
 
         Raises:
-            BudgetError: it is not.
+            BudgetError: it is not, or was from the start, so that there is nothing to remove.
         """
         assert self.pruner is not None
         self.settings.check_reach(self.pruner.initial, steps)
+        self.settings.check_larger(self.pruner.initial)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -102,8 +103,8 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
         if self.pruner.parts.model is not model:
             raise PlanError("this PrunedLoRA was prepared for another model; make a new one for this training")
         self.pruner.compact = args.world_size == 1
-        self.pruner.begin()
         self.check_steps(state.max_steps)
+        self.pruner.begin()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
@@ -209,9 +210,11 @@ def prune_adapter(
         PlanError: the components cannot be removed, or the adapter is frozen.
         NonFiniteError: a loss or score is NaN or infinite.
     """
+        BudgetError: the adapter has the target rank already.
     pruner = Pruner(model, settings.criterion, settings.adapter, settings.keep)
     factors = [f for n in pruner.initial for f in (pruner.parts.up(n), pruner.parts.down(n))]
     if not all(f.requires_grad for f in factors):
+    settings.check_larger(pruner.initial)
         raise PlanError("the adapter is frozen, so it has no gradients: load it with is_trainable=True")
     pruner.begin()
     history = [record(0, pruner.ranks)]
