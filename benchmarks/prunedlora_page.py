@@ -186,8 +186,9 @@ def memory(found: Iterable[Data]) -> list[str]:
             "",
             f"`benchmarks/rank_memory.py`: a random Llama of {rows[0]['parameters']:,} parameters in {p['dtype']} on "
             f"{p['device']}, steps of {p['samples']} x {p['seq_len']} tokens, LoRA on all linear modules; `pruned` "
-            f"goes from rank {p['initial_rank']} to {p['target_rank']} at once. `state` is trainable parameters and "
-            "the optimizer's state, exactly; the peak counts the weights.",
+            f"goes from rank {p['initial_rank']} to {p['target_rank']} at once. `before` are the {p['before']} steps "
+            f"up to that, `after` the {p['after']} from the second after it. `state` is trainable parameters and the "
+            "optimizer's state, exactly; the peak counts the weights.",
             "",
             "| way | part of the run | state | peak | seconds of a step |",
             "| --- | --- | ---: | ---: | ---: |",

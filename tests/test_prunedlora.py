@@ -598,6 +598,11 @@ def test_tune_and_prune_again_by_command(secateur, checkpoint_folder, text_file,
     assert stages["adapted"] == pytest.approx(perplexity["tuned"], rel=1e-5) and "rank 3 -> 1" in said
     assert stages["adapted"] < stages["pruned"] < stages["dense"]
     assert json.loads((tmp_path / "smaller" / "adapter_config.json").read_text())["r"] == 1
+    code, _, err = secateur(
+        "prune", tmp_path / "smaller", "-o", tmp_path / "o", "--target-rank", "1", "--calibration", text_file,
+        "--seq-len", "32", "--text", text_file,
+    )  # fmt: skip
+    assert code == 2 and "no module of more than rank 1, and 1 is to be left" in err and not (tmp_path / "o").exists()
 
 
 def test_a_killed_tune_goes_on(secateur, checkpoint_folder, told, tmp_path, monkeypatch):
