@@ -17,6 +17,8 @@ NAMES = {
     "ours": "PrunedLoRA",
     "ours-global": "PrunedLoRA, one budget",
     "scale": "PrunedLoRA, the scale kept",
+    "pace": "PrunedLoRA, the paper's pace",
+    "scale-pace": "PrunedLoRA, the scale kept, the paper's pace",
     "magnitude": "magnitude, while training",
     "taylor": "LLM-Pruner-like, while training",
     "activation": "SparseGPT-like, while training",

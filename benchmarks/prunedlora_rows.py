@@ -61,6 +61,7 @@ FORMS: Mapping[str, Mapping[str, Any]] = {  # settings that differ from ours
     "absolute": {"criterion": replace(OURS, damping=PAPER.damping, relative=False)},
     "pace": PACE,
     "scale": {"keep": "scale"},
+    "scale-pace": {"keep": "scale", **PACE},
     "middle": {"cooldown": 0.5},
     "late": {"cooldown": 0.3},
     "scale-late": {"keep": "scale", "cooldown": 0.3},
