@@ -113,7 +113,7 @@ class Case:
             "schema": 1,
             "command": "benchmarks/distillation.py",
             "model": {
-                "name": Path(args.model).name,
+                "name": (self.source.folder or Path(args.model)).name,
                 "sha256": self.source.sha256,
                 "parameters": self.dense_model.num_parameters(),
             },

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from secateur.errors import CheckpointError, first_line
@@ -209,7 +209,7 @@ def _write(shard: Shard, examples: Sequence[Example], teacher: Teacher, batch: i
         "indices": torch.cat([t.indices.to(index_type) for t in found if t.indices is not None]),
         "rest": torch.cat([t.rest for t in found if t.rest is not None]),
     }
-    _whole(shard.file, lambda part: save_file(tensors, part))
+    _whole(shard.file, lambda part: part.write_bytes(save(tensors)))  # save_file would make it ours alone
 
 
 def _whole(path: Path, write: Callable[[Path], object]) -> None:
