@@ -63,12 +63,17 @@ class Limits:
         return not self.uniform or self.feasible is None or self.feasible(family, count)
 
 
-def check_shares(kind_ratios: Mapping[str, float]) -> None:
-    """Make sure that the shares asked of kinds are fractions.
+def check_shares(kind_ratios: Mapping[str, float], kinds: Collection[str] = ()) -> None:
+    """Make sure that the shares asked of kinds are fractions, and are asked of what is pruned.
+
+    Args:
+        kinds: that are pruned, if they are named.
 
     Raises:
-        BudgetError: one lies outside [0, 1).
+        BudgetError: one lies outside [0, 1), or is asked of another kind.
     """
+    if kinds and (others := [kind for kind in kind_ratios if kind not in kinds]):
+        raise BudgetError(f"a share is asked of {others[0]}, which is not among the kinds to prune: add it to them")
     for kind, share in kind_ratios.items():
         if not 0 <= share < 1:
             raise BudgetError(

@@ -90,9 +90,7 @@ class Auto:
     kind_ratios: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_shares(self.kind_ratios)
-        if self.kinds and (others := [kind for kind in self.kind_ratios if kind not in self.kinds]):
-            raise BudgetError(f"a share is asked of {others[0]}, which is not among the kinds to prune: add it to them")
+        check_shares(self.kind_ratios, self.kinds)
 
 
 def run(

@@ -32,7 +32,6 @@ from secateur.allocation import Budget, allocate, check_shares
 from secateur.compensation import Compensation
 from secateur.cutting import PruneResult, Step, cut
 from secateur.discovery import discover
-from secateur.errors import BudgetError
 from secateur.groups import Groups
 from secateur.importance import score
 from secateur.plan import PruningPlan
@@ -86,9 +85,7 @@ class LLMPruner:
     compensation: Compensation | None = None
 
     def __post_init__(self) -> None:
-        check_shares(self.kind_ratios)
-        if self.kinds and (others := [kind for kind in self.kind_ratios if kind not in self.kinds]):
-            raise BudgetError(f"a share is asked of {others[0]}, which is not among the kinds to prune: add it to them")
+        check_shares(self.kind_ratios, self.kinds)
 
 
 def run(

@@ -251,56 +251,41 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     """The method's settings that a recipe describes."""
     assert prune.ranking != "search"
     return llm_pruner.LLMPruner(
-        **_budget(prune),
-        criterion=criterion_of(prune, seed),
-        mode=prune.mode,
-        reduction=prune.reduction,
+        **_settings(prune, seed),
         ranking=prune.ranking,
-        iterations=prune.iterations,
+        mode=prune.mode,
         uniform=prune.same_widths,
-        round_to=prune.round_to,
-        protect_first=prune.protect_first,
-        protect_last=prune.protect_last,
-        layer_ratios=prune.layer_ratios,
-        kind_ratios=prune.kind_ratios,
         layer_choice=prune.layer_choice,
-        compensation=compensation_of(prune),
     )
 
 
 def settings_of_auto(prune: PruneSettings, seed: int) -> auto.Auto:
     """The settings of our own method that a recipe describes."""
-    return auto.Auto(
-        **_budget(prune),
-        criterion=criterion_of(prune, seed),
-        reduction=prune.reduction,
-        ranking=prune.ranking,
-        iterations=prune.iterations,
-        uniform=prune.form,
-        round_to=prune.round_to,
-        protect_first=prune.protect_first,
-        protect_last=prune.protect_last,
-        layer_ratios=prune.layer_ratios,
-        kind_ratios=prune.kind_ratios,
-        compensation=compensation_of(prune),
-        workload=workload_of(prune),
-    )
+    return auto.Auto(**_settings(prune, seed), ranking=prune.ranking, uniform=prune.form, workload=workload_of(prune))
+
+
+def _settings(prune: PruneSettings, seed: int) -> dict[str, Any]:
+    """What both methods know."""
+    given = prune.budgets
+    share = next(iter(given.values()), 0.0)
+    return {
+        "budget": Budget(cost_sparsity=share) if prune.counted else Budget(**given) if given else None,
+        "kinds": prune.kinds or (() if given else tuple(prune.kind_ratios)),
+        "criterion": criterion_of(prune, seed),
+        "reduction": prune.reduction,
+        "iterations": prune.iterations,
+        "round_to": prune.round_to,
+        "protect_first": prune.protect_first,
+        "protect_last": prune.protect_last,
+        "layer_ratios": prune.layer_ratios,
+        "kind_ratios": prune.kind_ratios,
+        "compensation": compensation_of(prune),
+    }
 
 
 def compensation_of(prune: PruneSettings) -> Compensation | None:
     """How a recipe compensates."""
     return None if prune.compensate == "none" else Compensation(prune.compensate, prune.compensate_target)
-
-
-def _budget(prune: PruneSettings) -> dict[str, Any]:
-    """What is to go, and of which kinds."""
-    given = prune.budgets
-    share = next(iter(given.values()), 0.0)
-    budget = Budget(cost_sparsity=share) if prune.counted else Budget(**given) if given else None
-    return {
-        "budget": budget,
-        "kinds": prune.kinds or (() if given else tuple(prune.kind_ratios)),
-    }
 
 
 def workload_of(prune: PruneSettings) -> Workload | None:
