@@ -146,10 +146,12 @@ def print_choice(choice: dict[str, Any]) -> None:
     if "gain" not in choice:
         out.print(f"{taken}: {choice['why']}", soft_wrap=True)
         return
+    change = math.exp(-choice["gain"]) - 1
     out.print(
         f"{taken}: on {choice['sequences']} calibration sequences set aside the perplexity is "
         f"{math.exp(choice['uniform']):.3f} with the same widths, {math.exp(choice['per_layer']):.3f} with widths by "
-        f"layer ({1 - math.exp(-choice['gain']):.1%} lower, standard error {choice['standard_error']:.1%})",
+        f"layer ({abs(change):.1%} {'lower' if change < 0 else 'higher'}, standard error "
+        f"{choice['standard_error']:.1%})",
         soft_wrap=True,
     )
 

@@ -133,7 +133,8 @@ def _place(location: Sequence[Any]) -> str:
 
 def _message(error: Mapping[str, Any]) -> str:
     if error["type"] != "extra_forbidden":
-        return f"{error['msg']} (got {error['input']!r})"
+        got = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
+        return error["msg"].removeprefix("Value error, ") + got
     return _unknown(str(error["loc"][-1]), _fields(error["loc"][:-1]))
 
 

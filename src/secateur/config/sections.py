@@ -236,7 +236,7 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
         found.setdefault("compensate_target", "dense")
     calibration = prune.get("calibration", {})
     if isinstance(calibration, Mapping):
-        found["calibration"] = {"samples": 128, "seq_len": 128, **calibration}
+        found["calibration"] = {"source": "c4", "samples": 128, "seq_len": 128, **calibration}
     return found
 
 
