@@ -33,9 +33,9 @@ def untuned(found: Iterable[Data]) -> list[str]:
     head = [
         "## Without training: criteria and compensation",
         "",
-        "`benchmarks/untuned.py`: block-wise, uniform widths, local ranking; `auto` is [our method](auto.md) as it comes,",
-        "or with a part replaced. `+ridge` solves the matrices that read",
-        "what goes again for what they put out before, `+ridge-dense` for what the dense model puts out",
+        "`benchmarks/untuned.py`: block-wise, uniform widths, local ranking; `auto` is [our method](auto.md) as it is,",
+        "or with a part replaced. `+ridge` solves the matrices that read what goes again for what they put out before,",
+        "`+ridge-dense` for what the dense model puts out",
         "([how](how-it-works.md#compensate-what-stays-takes-over)); how far their results are off is the squared error",
         "over the squares, on sequences that were not solved for, mean over matrices. Seeds draw the calibration text.",
         "",

@@ -134,7 +134,7 @@ def _place(location: Sequence[Any]) -> str:
 def _message(error: Mapping[str, Any]) -> str:
     if error["type"] != "extra_forbidden":
         got = "" if isinstance(error["input"], Mapping) else f" (got {error['input']!r})"
-        return error["msg"].removeprefix("Value error, ") + got
+        return str(error["msg"]).removeprefix("Value error, ") + got
     return _unknown(str(error["loc"][-1]), _fields(error["loc"][:-1]))
 
 
