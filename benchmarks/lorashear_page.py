@@ -9,7 +9,9 @@ from typing import Any
 NAMES = {
     "llm-pruner": "LLM-Pruner, static recovery",
     "llm-pruner-dynamic": "LLM-Pruner, dynamic recovery",
+    "auto": "auto, static recovery",
     "loraprune": "LoRAPrune, static",
+    "loraprune+knowledge": "LoRAPrune, static, sensitive groups left whole",
     "lorashear": "LoRAShear, static",
     "lorashear-dynamic": "LoRAShear, dynamic",
     "lorashear+knowledge": "LoRAShear, static, sensitive groups left whole",

@@ -146,8 +146,9 @@ def prune_adapter(given: dict[str, Any]) -> None:
         raise CheckpointError(f"--target-rank and --base are for adapters, and {folder} has no adapter_config.json")
     if flags["target_rank"] is None:
         raise RecipeError(f"{folder} is an adapter: say which rank to leave it (--target-rank 16)")
-    per_layer = not given.pop("uniform")
-    no_use("an adapter", {name: value or None for name, value in {**given, "per_layer": per_layer}.items()})
+    form = given.pop("uniform")
+    forms = {"uniform": form, "per_layer": form is False}
+    no_use("an adapter", {name: value or None for name, value in {**given, **forms}.items()})
     recipe = recipe_of(
         flags["base"] or pipeline.base_of_adapter(folder),
         {
