@@ -126,7 +126,7 @@ def test_a_checkpoint_that_is_packed_already(secateur, tmp_path):
 
 def test_packing_is_for_methods_that_train(secateur, tmp_path):
     code, _, err = secateur("prune", "demo", "-o", tmp_path / "out", "--sparsity", "0.3", "--quantize", "8bit")
-    assert code == 2 and "llm-pruner cuts float weights" in err and not list(tmp_path.iterdir())
+    assert code == 2 and "auto cuts float weights" in err and not list(tmp_path.iterdir())
 
 
 def test_widths_that_no_kernel_takes():
