@@ -37,7 +37,7 @@ def distillation(found: Iterable[Data]) -> list[str]:
         "## Recovery from the text, and from the dense model",
         "",
         "`benchmarks/distillation.py`: one model, cut by LLM-Pruner, trained on the same examples in the same order,",
-        "so that rows of a seed differ in their loss alone; means over seeds, standard deviations. The ratio is",
+        "so that rows of a seed differ in their loss alone; means over seeds and standard deviations. The ratio is",
         "to the same training without distillation on the same seeds; the divergence is from the dense model, on text",
         "that is not trained on.",
         "",

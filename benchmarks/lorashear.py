@@ -7,6 +7,8 @@ Of every source a part is set aside and never trained on; perplexities are measu
 Every row trains adapters for the same number of steps of the same size:
 
     llm-pruner  first-order Taylor cut, then recovery on all sources pooled (static)
+    auto        our method's cut, then the same recovery; settings of it may follow after a colon, and `distill=0.9`,
+                the weight of learning from the dense model
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
     lorashear-random  the same with units drawn at random in each period
@@ -43,6 +45,7 @@ import secateur as sc
 from secateur.data import Corpus
 from secateur.importance import Taylor
 from secateur.importance.displacement import Displacement
+from secateur.methods import auto
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
 from secateur.pipeline import PACKAGES
@@ -50,6 +53,7 @@ from secateur.recovery import RecoverySettings, sources, train, with_adapters
 from secateur.recovery.gradual import GradualPruning
 
 METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear:push=linear")
+CALIBRATION_OF_AUTO = 128  # sequences, its default
 KNOWLEDGE, DYNAMIC = "+knowledge", "-dynamic"
 OF_THE_RECOVERY = {field.name for field in fields(RecoverySettings)} | {"held_out_most"}
 
@@ -116,6 +120,8 @@ def parsed(method: str) -> tuple[str, bool, bool, dict[str, Any], dict[str, Any]
     given = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     name, knows, _ = name.partition(KNOWLEDGE)
     recovery = {key: value for key, value in given.items() if key in OF_THE_RECOVERY}
+    if "distill" in recovery:
+        recovery["distill"] = sc.Distillation(weight=recovery["distill"])
     pruning = {key: value for key, value in given.items() if key not in recovery}
     return name.removesuffix(DYNAMIC), name.endswith(DYNAMIC), bool(knows), pruning, recovery
 
@@ -128,10 +134,14 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     mix, protect = "dynamic" if dynamic else "proportional", case.protect if knows else ()
     model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **recovery_given})
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, "HELD_OUT_MOST", held_out):
-        if name == "llm-pruner":
-            tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, args.samples, args.seq_len, seed)
+        if name in ("llm-pruner", "auto"):
+            samples = args.samples if name == "llm-pruner" else CALIBRATION_OF_AUTO
+            tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, samples, args.seq_len, seed)
             wanted = LLMPruner(sc.Budget(sparsity), Taylor(order=1), protect=protect, uniform=not protect)
-            cut = llm_pruner(model, [tokens], wanted).model
+            ours = auto.Auto(sc.Budget(sparsity), **(pruning_given if name == "auto" else {}))
+            cut = (
+                llm_pruner(model, [tokens], wanted) if name == "llm-pruner" else auto.run(model, [tokens], ours)
+            ).model
             small = sc.recover(
                 cut, case.source.tokenizer, case.train, settings, Path(folder), dense=lambda: case.source.model
             ).model

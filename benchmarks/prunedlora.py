@@ -10,8 +10,10 @@ same examples in the same order for the same number of steps, and is measured on
 prune while they train.
 
 The learning rate of each method at each rank is the best of a few, by the loss on the validation part with seed 0:
-three neighbours on a grid, and further ones as long as the best is the last that was tried. Rivals that prune while
-they train have the rate of `ours`, whose training theirs is but for the criterion. Times are seconds of the processor,
+three neighbours on a grid, and further ones as long as the best is the last that was tried; smaller ones as long as
+every loss broke. Of the paper's forms, whose losses have no single minimum, the whole grid is tried, and smaller rates
+of their own. Rivals that prune while they train have the rate of `ours`, whose training theirs is but for the
+criterion. Times are seconds of the processor,
 so that other work on the machine counts little; bytes are those of trainable parameters and the optimizer's state. Rows
 that the output holds already, from the same protocol, are not repeated.
 """
@@ -36,11 +38,12 @@ from secateur.pipeline import PACKAGES, write_json
 
 Data = dict[str, Any]
 METHODS = (
-    *TRAINED, "paper", "magnitude", "taylor", "activation", "ours", "ours-global", "after-magnitude", "after-taylor",
-    "after-activation", "after-ours",
+    *TRAINED, "paper-form", "paper-form-masks", "magnitude", "taylor", "activation", "ours", "ours-global",
+    "after-magnitude", "after-taylor", "after-activation", "after-ours",
 )  # fmt: skip
 LIKE_OURS = dict.fromkeys(("magnitude", "taylor", "activation"), "ours")
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+PAPER_RATES = (1e-5, 1e-4)
 
 
 class Comparison:
@@ -113,21 +116,24 @@ class Comparison:
 
     def _rate(self, method: str, target: int) -> float:
         """The best learning rate of a method by its loss on the validation part."""
-        rates = self.args.learning_rates
+        paper = method.startswith("paper")
+        rates = sorted({*self.args.learning_rates, *(self.args.paper_rates if paper else ())})
         mine = [r for r in self.report["tuning"] if (r["method"], r["target_rank"]) == (method, target)]
-        found = {r["learning_rate"]: r.get("loss", math.inf) for r in mine}
-        while True:
-            middle = rates.index(min(found, key=lambda rate: found[rate])) if found else len(rates) // 2
-            missing = [rate for rate in rates[max(0, middle - 1) : middle + 2] if rate not in found]
+        found = {r["learning_rate"]: _loss(r) for r in mine if r["learning_rate"] in rates}
+        while len(rates) > 1:
+            middle = rates.index(min(found, key=lambda rate: (found[rate], rate))) if found else len(rates) // 2
+            wanted = rates if paper else rates[max(0, middle - 1) : middle + 2]
+            missing = [rate for rate in wanted if rate not in found]
             if not missing:
                 return rates[middle]
             for rate in missing:
                 model, row = self._trained(method, target, 0, rate)
                 row |= {} if model is None else self.task.result(model, "validation")
-                found[rate] = row.get("loss", math.inf)
+                found[rate] = _loss(row)
                 self.report["tuning"].append(row)
                 print("validation", row, flush=True)
                 write_json(self.args.output, self.report)
+        return rates[0]
 
     def _head(self) -> Data:
         args, base = self.args, self.task.model(self.source.model)
@@ -157,6 +163,12 @@ class Comparison:
         }
 
 
+def _loss(row: Data) -> float:
+    """Of a training on the validation part; infinite if it broke."""
+    loss: float = row.get("loss", math.inf)
+    return loss if math.isfinite(loss) else math.inf
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -166,7 +178,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=(*TRAINED, *all_names()), metavar="METHOD")
     parser.add_argument("--target-ranks", nargs="*", type=int, default=(1, 4, 16))
     parser.add_argument("--seeds", nargs="*", type=int, default=(1, 2, 3), help="none: only choose learning rates")
-    parser.add_argument("--learning-rates", nargs="*", type=float, default=RATES, help="a grid, its middle tried first")
+    parser.add_argument(
+        "--learning-rates", nargs="*", type=float, default=RATES, help="a grid, its middle tried first; or one"
+    )
+    parser.add_argument("--paper-rates", nargs="*", type=float, default=PAPER_RATES, help="more, for the paper's forms")
     parser.add_argument("--initial-rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)

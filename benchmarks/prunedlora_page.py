@@ -12,9 +12,13 @@ NAMES = {
     "rslora": "rsLoRA",
     "dora": "DoRA",
     "adalora": "AdaLoRA",
-    "paper": "PrunedLoRA, published criterion",
+    "paper-form": "PrunedLoRA, paper form",
+    "paper-form-masks": "PrunedLoRA, paper form, masks",
     "ours": "PrunedLoRA",
     "ours-global": "PrunedLoRA, one budget",
+    "scale": "PrunedLoRA, the scale kept",
+    "pace": "PrunedLoRA, the paper's pace",
+    "scale-pace": "PrunedLoRA, the scale kept, the paper's pace",
     "magnitude": "magnitude, while training",
     "taylor": "LLM-Pruner-like, while training",
     "activation": "SparseGPT-like, while training",
@@ -26,6 +30,7 @@ NAMES = {
 OPTIONS = {
     "ours": "as it is",
     "ours-global": "one budget for all modules",
+    "pace": "the paper's pace: 2 components at every step from the first",
     "scale": "the scale stays, not alpha",
     "scale-late": "the scale stays, the rank falls until 70 % of the run",
     "middle": "the rank falls until 50 % of the run (30 %)",
@@ -35,6 +40,7 @@ OPTIONS = {
     "once": "all at once after a quarter of the run",
     "gradient": "Gram of one gradient (average over steps)",
     "slow": "average of weight 0.98 for the past (0.9)",
+    "absolute": "damping 1e-6, absolute, as published (1e-2 of the mean diagonal)",
     "undamped": "damping 1e-4 (1e-2)",
     "damped": "damping 0.1",
     "damped-whole": "damping 1",
@@ -46,8 +52,8 @@ OPTIONS = {
     "single": "by single scores (jointly)",
     "unbalanced": "factors not balanced",
     "masks": "what stays does not change",
-    "paper-masks": "published scores, what stays does not change, the scale stays",
-    "paper-no-newton": "published criterion without the Newton term, the scale stays",
+    "paper-form-masks": "paper form, what stays does not change",
+    "paper-form-no-newton": "paper form without the Newton term",
     "magnitude": "magnitude",
     "taylor": "Taylor (LLM-Pruner)",
     "activation": "activations (SparseGPT)",
@@ -60,11 +66,17 @@ HEAD = """## PrunedLoRA beside LoRA, rsLoRA, DoRA and AdaLoRA
 an adapter on every linear module. Loss [nats] and accuracy are of held-out examples, means over seeds with the standard
 deviation. Each method has at each rank the best learning rate of a grid, by the loss on a validation part with seed 0;
 what prunes "while training" has PrunedLoRA's schedule, rate and rule for alpha, and another criterion; "afterwards" it
-is cut from what LoRA of the initial rank has learned, at once and without more training. The published criterion, with
-the scale kept, has our schedule, not K1 and K2, and no learning rate below 0.001 was tried for it: these rows do not
-say how the paper's own run does. State is what the trainable
-parameters and the optimizer's moments take after the first and the last step; seconds and milliseconds per step (of the
-first and the last 20) are those of one processor.
+is cut from what LoRA of the initial rank has learned, at once and without more training.
+
+The paper form has the published criterion and its change of both factors, alpha = r at every rank, and the paper's
+pace: 2 components leave at every step from the first on, so that ranks 16, 4 and 1 are reached after 24, 30 and 32 % of
+the run (in the paper's runs of 5,000 steps, 2 at every tenth bring 128, 256 and 512 to 64 after 6, 19 and 45 %).
+"Masks" is the first revision of its code, in which what stays does not change. Both have the best rate of nine from
+1e-5 to 0.3, all of them tried. The optimizer, AdamW, is that of all rows, and the runs are 50 times as short as the
+paper's.
+
+State is what the trainable parameters and the optimizer's moments take after the first and the last step; seconds and
+milliseconds per step (of the first and the last 20) are those of one processor.
 """
 
 
@@ -136,27 +148,34 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def options(found: Iterable[Data]) -> list[str]:
-    """The losses of variants of our form on the validation part."""
+    """The losses of variants of our form, all at one learning rate."""
     files = list(found)
     if not files:
         return []
-    losses = [{r["method"]: r for r in data["tuning"]} for data in files]
     heads = [f"{data['model']['name']}, {data['protocol']['task']['name']}" for data in files]
-    target, initial = losses[0]["ours"]["target_rank"], files[0]["protocol"]["settings"]["initial_rank"]
-    rates = ", ".join(f"{r['ours']['learning_rate']:g}" for r in losses)
+    first = next(r for r in files[0]["rows"] if r["method"] == "ours")
+    rates = ", ".join(f"{data['rows'][0]['learning_rate']:g}" for data in files)
     lines = [
         "## PrunedLoRA's options",
         "",
-        f"The same training from rank {initial} to {target} with seed 0, loss on the validation part, one setting",
-        f"changed at a time (what the default is, in brackets); learning rates {rates}.",
+        f"The same training from rank {files[0]['protocol']['settings']['initial_rank']} to {first['target_rank']}, "
+        "loss on held-out examples, mean and standard deviation over "
+        f"{len({r['seed'] for r in files[0]['rows']})} seeds, one setting changed at a time (what the default is, in "
+        f"brackets), all at the learning rate that is best for the default ({rates}). Where a setting changes how far "
+        "steps go, as the scale does, another rate may be better for it: the table above has the best of each.",
         "",
         "| option | " + " | ".join(heads) + " |",
         "| --- |" + " ---: |" * len(heads),
     ]
     for method, name in OPTIONS.items():
-        figures = [f"{r[method]['loss']:.3f}" if "loss" in r[method] else "broke" for r in losses if method in r]
-        lines.append(f"| {name} | " + " | ".join(figures) + " |")
+        cells = [_losses([r for r in data["rows"] if r["method"] == method]) for data in files]
+        lines += [f"| {name} | " + " | ".join(cells) + " |"] if any(cells) else []
     return [*lines, ""]
+
+
+def _losses(rows: Sequence[Data]) -> str:
+    good = [r["loss"] for r in rows if "loss" in r]
+    return _spread(good) if good and len(good) == len(rows) else "broke" if rows else ""
 
 
 def memory(found: Iterable[Data]) -> list[str]:
@@ -169,8 +188,9 @@ def memory(found: Iterable[Data]) -> list[str]:
             "",
             f"`benchmarks/rank_memory.py`: a random Llama of {rows[0]['parameters']:,} parameters in {p['dtype']} on "
             f"{p['device']}, steps of {p['samples']} x {p['seq_len']} tokens, LoRA on all linear modules; `pruned` "
-            f"goes from rank {p['initial_rank']} to {p['target_rank']} at once. `state` is trainable parameters and "
-            "the optimizer's state, exactly; the peak counts the weights.",
+            f"goes from rank {p['initial_rank']} to {p['target_rank']} at once. `before` are the {p['before']} steps "
+            f"up to that, `after` the {p['after']} from the second after it. `state` is trainable parameters and the "
+            "optimizer's state, exactly; the peak counts the weights.",
             "",
             "| way | part of the run | state | peak | seconds of a step |",
             "| --- | --- | ---: | ---: | ---: |",

@@ -1,4 +1,11 @@
-"""One row of `benchmarks/prunedlora.py`: the adapter a method starts from, its training, and what is measured."""
+"""One row of `benchmarks/prunedlora.py`: the adapter a method starts from, its training, and what is measured.
+
+The paper's form has the published criterion, alpha = r at every rank, and the paper's pace. Its runs of 5,000 steps
+remove K2 = 2 components every K1 = 10 steps, from the first on, and reach rank 64 from 128, 256 and 512 after 6, 19 and
+45 % of the run. A K1 of the same share would be a fifth of a step in a run of 100, so K1 is 1 here and K2 stays 2:
+ranks 16, 4 and 1 are reached from 64 after 24, 30 and 32 % of the run. The code's first removal comes at its first
+step, when B = 0, and so does this one. The optimizer is that of all rows.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +33,13 @@ from secateur.recovery.targets import all_targets
 from secateur.surgery.rank_schedule import PrunedLoRASettings
 
 OURS = ComponentCriterion()
+PACE = {"every": 1, "components": 2}  # K1 and K2 of the paper, see above
 TRAINED = ("lora", "rslora", "dora", "adalora", "lora-initial")
 FORMS: Mapping[str, Mapping[str, Any]] = {  # settings that differ from ours
     "ours": {},
-    "paper": {"criterion": PAPER, "keep": "scale"},
-    "paper-masks": {"criterion": replace(PAPER, recover=False), "keep": "scale"},  # the first revision of its code
-    "paper-no-newton": {"criterion": replace(PAPER, newton=0.0), "keep": "scale"},
+    "paper-form": {"criterion": PAPER, "keep": "scale", **PACE},
+    "paper-form-masks": {"criterion": replace(PAPER, recover=False), "keep": "scale", **PACE},  # its first revision
+    "paper-form-no-newton": {"criterion": replace(PAPER, newton=0.0), "keep": "scale", **PACE},
     "magnitude": {"criterion": ComponentCriterion("magnitude")},
     "taylor": {"criterion": ComponentCriterion("taylor")},  # LLM-Pruner's, component by component
     "activation": {"criterion": ComponentCriterion("activation")},  # SparseGPT's problem
@@ -50,7 +58,10 @@ FORMS: Mapping[str, Mapping[str, Any]] = {  # settings that differ from ours
     "undamped": {"criterion": replace(OURS, damping=1e-4)},
     "damped": {"criterion": replace(OURS, damping=0.1)},
     "damped-whole": {"criterion": replace(OURS, damping=1.0)},
+    "absolute": {"criterion": replace(OURS, damping=PAPER.damping, relative=False)},
+    "pace": PACE,
     "scale": {"keep": "scale"},
+    "scale-pace": {"keep": "scale", **PACE},
     "middle": {"cooldown": 0.5},
     "late": {"cooldown": 0.3},
     "scale-late": {"keep": "scale", "cooldown": 0.3},

@@ -5,7 +5,8 @@
 
 A method is a criterion, alone or with what makes up for the cut: `gate`, `gate+ridge` (what a matrix put out before,
 with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out). Settings of the cut, or shares of
-kinds, may follow after a colon: `gate+ridge:uniform=false,ranking=global`, `gate+ridge:kv_group=0.75`. Seeds draw the
+kinds, may follow after a colon: `gate+ridge:uniform=false,ranking=global`, `gate+ridge:kv_group=0.75`. `auto` is our
+method as it comes, or with settings: `auto:uniform=true,iterations=3`, `auto:compensation=null`. Seeds draw the
 calibration text. Block-wise; uniform widths and local ranking if not said otherwise. Rows that the output holds
 already, from the same protocol, are not repeated.
 """
@@ -25,8 +26,10 @@ from resumed import measured
 
 import secateur as sc
 from secateur.compensation import Compensation
+from secateur.cutting import cut
 from secateur.importance import CRITERIA
-from secateur.methods.llm_pruner import LLMPruner, cut, run
+from secateur.methods import auto
+from secateur.methods.llm_pruner import LLMPruner, run
 from secateur.pipeline import PACKAGES
 from secateur.plan import PruningPlan
 
@@ -67,6 +70,8 @@ class Case:
 
     def row(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
         name, _, given = method.partition(":")
+        if name == "auto":
+            return self.row_of_auto(method, given, sparsity, seed)
         criterion, _, form = name.partition("+")
         plan = self.plan(criterion, given, sparsity, seed)
         begin = time.perf_counter()
@@ -79,6 +84,26 @@ class Case:
             "perplexity": self.perplexity(small).value,
             **({"off": {k: sum(getattr(c, k) for c in done) / len(done) for k in ("before", "after")}} if done else {}),
             "cut_seconds": round(time.perf_counter() - begin, 2),
+        }
+
+    def row_of_auto(self, method: str, given: str, sparsity: float, seed: int) -> dict[str, Any]:
+        options = {k: yaml.safe_load(v) for k, v in (option.split("=") for option in given.split(",") if option)}
+        if "criterion" in options:
+            options["criterion"] = CRITERIA[options["criterion"]]
+        if options.get("compensation"):
+            options["compensation"] = Compensation("ridge", options["compensation"])
+        begin = time.perf_counter()
+        found = auto.run(self.source.model, [self.tokens(seed)], auto.Auto(sc.Budget(sparsity), **options))
+        seconds, done = time.perf_counter() - begin, found.compensated
+        return {
+            "method": method,
+            "sparsity": sparsity,
+            "seed": seed,
+            "reached": round(1 - found.model.num_parameters() / self.source.model.num_parameters(), 5),
+            "perplexity": self.perplexity(found.model).value,
+            **({"choice": dict(found.choice)} if found.choice else {}),
+            **({"off": {k: sum(getattr(c, k) for c in done) / len(done) for k in ("before", "after")}} if done else {}),
+            "seconds": round(seconds, 2),
         }
 
     def report(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ def real_run(folder: Path, checkpoint: Path, text: Path) -> Path:
     """A small model pruned, recovered and timed."""
     recipe = {
         "model": {"source": str(checkpoint)},
+        "method": "llm-pruner",
         "prune": {"param_sparsity": 0.2, "criterion": "l2", "uniform": False, "ranking": "global",
                   "calibration": {"source": str(text), "samples": 2, "seq_len": 32}},
         "recovery": {"data": [str(text)], "steps": 2, "batch_size": 2, "micro_batch_size": 2, "seq_len": 32},

@@ -502,7 +502,7 @@ FFN_0 = "model.layers.0.mlp/ffn_channel"
         ({}, {"kind_ratios": {"kv_group": 0.5}}, BudgetError, "kind kv_group, which is not among those"),
         ({}, {"kind_ratios": {"ffn_channel": 1.0}}, BudgetError, r"ffn_channel=1: the share .* must lie in \[0, 1\)"),
         ({}, {"round_to": 0}, BudgetError, "round_to is 0"),
-        ({}, {"ranking": "best"}, BudgetError, "'local' or 'global'"),
+        ({}, {"ranking": "best"}, BudgetError, "'local', 'global' or 'search'"),
     ],
 )
 def test_bad_input_is_named(change, options, error, words):

@@ -21,7 +21,8 @@ def pruned(checkpoint_folder, text_file, tmp_path_factory):
     """A folder made by `secateur prune`."""
     output = tmp_path_factory.mktemp("cli") / "pruned"
     patch = pytest.MonkeyPatch()
-    arguments = ["prune", checkpoint_folder, "-o", output, "--sparsity", 0.3, "--calibration", text_file,
+    arguments = ["prune", checkpoint_folder, "-o", output, "--method", "llm-pruner",
+                     "--sparsity", 0.3, "--calibration", text_file,
                  "--samples", 4, "--seq-len", 32, "--text", text_file]  # fmt: skip
     patch.setattr(sys, "argv", ["secateur", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -79,7 +80,8 @@ def test_recover_keeps_the_adapter_and_eval_takes_it(secateur, pruned, text_file
 
 def test_prune_and_recover_in_one_command(secateur, checkpoint_folder, text_file, tmp_path):
     code, _, err = secateur(
-        "prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", 0.2, "--criterion", "l2", "--calibration",
+        "prune", checkpoint_folder, "-o", tmp_path / "o", "--method", "llm-pruner",
+        "--sparsity", 0.2, "--criterion", "l2", "--calibration",
         text_file, "--recover-steps", 1, "--data", text_file, "--text", text_file, "--distill",
     )  # fmt: skip
     assert code == 0, err
@@ -96,7 +98,9 @@ def test_prune_and_recover_in_one_command(secateur, checkpoint_folder, text_file
 
 def test_kinds_by_name_with_a_share_of_their_own(secateur, checkpoint_folder, text_file, tmp_path):
     flags = ["--calibration", text_file, "--samples", 4, "--seq-len", 32, "--kinds", "ffn_channel,kv_group=0.34"]
-    code, out, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", 0.3, *flags)
+    code, out, err = secateur(
+        "prune", checkpoint_folder, "-o", tmp_path / "o", "--method", "llm-pruner", "--sparsity", 0.3, *flags
+    )
     assert code == 0, err
     assert "34.00% of kv_group was asked for, and 33.33% is the nearest that can go" in out
     told = json.loads((tmp_path / "o" / "results.json").read_text())["kinds"]
@@ -245,7 +249,10 @@ BAD = {
     ),
     "no plan": (["--plan", "nothing.json"], "cannot read the plan"),
     "foreign plan": (["--plan", "{plan}"], "another model"),
-    "protected uniform": (["--sparsity", "0.2", "--calibration", "{good}", "--protect-first", "1"], "per-layer"),
+    "protected uniform": (
+        ["--sparsity", "0.2", "--calibration", "{good}", "--uniform", "--protect-first", "1"],
+        "per-layer",
+    ),
 }
 
 
@@ -316,7 +323,7 @@ def test_ctrl_c_leaves_nothing(secateur, checkpoint_folder, text_file, tmp_path,
 
     monkeypatch.setattr(checkpoint, "verify_in_fresh_process", interrupt)  # by then everything has been written
     flags = ["--sparsity", 0.2, "--calibration", text_file, "--seq-len", 32]
-    code, _, _ = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *flags)
+    code, _, _ = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", "--method", "llm-pruner", *flags)
     assert code == 130 and not list(tmp_path.iterdir())
 
 

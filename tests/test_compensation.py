@@ -156,7 +156,9 @@ def test_it_brings_back_much_of_what_the_cut_costs(trained, tokenizer, text_file
 def test_from_the_command_line_with_scores_and_with_a_plan(secateur, checkpoint_folder, text_file, tmp_path):
     calibration = ["--calibration", text_file, "--samples", "16", "--seq-len", "32", "--compensate", "ridge"]
     given = ["--sparsity", "0.3", "--criterion", "gate", "--text", text_file]
-    code, out, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *given, *calibration)
+    code, out, err = secateur(
+        "prune", checkpoint_folder, "-o", tmp_path / "a", "--method", "llm-pruner", *given, *calibration
+    )
     assert code == 0, err
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert f"compensated: {len(results['compensation'])} matrices" in out
@@ -189,6 +191,8 @@ def test_wrong_input_is_told(secateur, checkpoint_folder, text_file, tmp_path, w
     options, words = WRONG[wrong]
     calibration = [] if wrong == "while training" else ["--calibration", text_file, "--samples", "4"]
     given = ["--sparsity", "0.3", *calibration, *(["--compensate", "ridge"] if "--compensate" not in options else [])]
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *given, *options)
+    code, _, err = secateur(
+        "prune", checkpoint_folder, "-o", tmp_path / "out", "--method", "llm-pruner", *given, *options
+    )
     assert code == 2 and words in " ".join(err.split()), err
     assert not list(tmp_path.iterdir())

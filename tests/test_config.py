@@ -21,7 +21,7 @@ def test_the_papers_models_are_all_there():
     names = {f"llm-pruner/{n}" for n in wanted} | {f"loraprune/{n}" for n in llama}
     names |= {f"lorashear/llama-7b-{ratio}" for ratio in (20, 50)}
     names |= {f"prunedlora/llama-3-8b-r{rank}" for rank in (128, 256, 512)}
-    assert names | {"demo", "sweeps/demo"} == set(list_recipes())
+    assert names | {"demo", "sweeps/demo", "auto/llama-7b"} == set(list_recipes())
     recipe = load_recipe("llm-pruner/llama-7b")
     assert recipe.prune.unit_sparsity == 0.25 and recipe.prune.protect_first == 4 and recipe.prune.protect_last == 2
     assert recipe.recovery.learning_rate == 1e-4 and recipe.recovery.batch_size == 64
@@ -39,7 +39,7 @@ def test_overrides():
         (["prune.param_sparsity=1.0"], "prune.param_sparsity: .*less than 1"),
         (["prune.param_sparsity=-0.1"], "prune.param_sparsity: .*greater than or equal to 0"),
         (["prune.kind_ratios={kv_group: 1.5}"], "prune.kind_ratios.kv_group: .*less than 1 .got 1.5"),
-        (["prune.unit_sparsity=0.2"], "param_sparsity or unit_sparsity, not both"),
+        (["prune.unit_sparsity=0.2"], "one of param_sparsity and unit_sparsity, not both"),
         (["prune.criterium=l2"], "did you mean 'criterion'"),
         (["prunes.x=1"], "prunes: unknown key; did you mean 'prune'"),
         (["prune.zzz=1"], "unknown key; known: param_sparsity"),

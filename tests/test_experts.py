@@ -21,6 +21,8 @@ from secateur.plan import PruningPlan
 from secateur.recovery.targets import not_linear, stacked_matrices
 from secateur.surgery import mask, slice
 
+pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
+
 COMMON = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10,
     "num_experts_per_tok": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 256,
@@ -185,7 +187,8 @@ def test_prune_recover_and_eval_from_the_command_line(model_type, tokenizer, tex
 
     kinds = "expert_channel,expert=0.34" if model_type == "mixtral" else "ffn_channel,expert_channel,expert=0.34"
     secateur(
-        "prune", tmp_path / "dense", "-o", tmp_path / "small", "--kinds", kinds, "--sparsity", 0.28,
+        "prune", tmp_path / "dense", "-o", tmp_path / "small", "--method", "llm-pruner",
+        "--kinds", kinds, "--sparsity", 0.28,
         "--calibration", text_file, "--samples", 4, "--seq-len", 32, "--text", text_file,
         "--recover-steps", 2, "--data", text_file,
     )  # fmt: skip

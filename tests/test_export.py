@@ -125,7 +125,7 @@ def test_a_llama_with_heads_that_its_class_refuses(secateur, text_file, tokenize
     dense = make("llama", vocab_size=len(tokenizer), hidden_size=64, num_attention_heads=4, num_key_value_heads=4)
     checkpoint.save(dense, tmp_path / "dense", tokenizer=tokenizer)
     flags = ["--kinds", "attention_head=0.25", "--criterion", "l2", "--calibration", text_file]
-    code, out, err = secateur("prune", tmp_path / "dense", "-o", tmp_path / "o", *flags)
+    code, out, err = secateur("prune", tmp_path / "dense", "-o", tmp_path / "o", "--method", "llm-pruner", *flags)
     assert code == 0, err
     assert "saved as MistralForCausalLM: LlamaForCausalLM refuses these sizes" in out
     assert results_of(tmp_path / "o")["class"]["name"] == "MistralForCausalLM"

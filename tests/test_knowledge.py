@@ -297,7 +297,7 @@ def test_a_killed_analysis_goes_on(secateur, analysed, checkpoint_folder, text_f
 def test_the_most_sensitive_groups_are_left_whole(secateur, analysed, checkpoint_folder, text_file, tmp_path):
     flags = ["--sparsity", 0.2, "--calibration", text_file, "--samples", 4, "--seq-len", 32, "--per-layer"]
     knows = ["--knowledge", analysed, "--protect-share", 0.34]
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", *flags, *knows)
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--method", "llm-pruner", *flags, *knows)
     assert code == 0, err
     worst = Knowledge.load(analysed).most_sensitive(0.34)
     plan = PruningPlan.load(tmp_path / "o" / "plan.json")
@@ -307,7 +307,9 @@ def test_the_most_sensitive_groups_are_left_whole(secateur, analysed, checkpoint
     assert plan.provenance["knowledge"]["protected"] == list(worst) and plan.provenance["knowledge"]["share"] == 0.34
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert results["protocol"]["knowledge"] == plan.provenance["knowledge"]
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "p", *flags[:-1], *knows)
+    code, _, err = secateur(
+        "prune", checkpoint_folder, "-o", tmp_path / "p", "--method", "llm-pruner", *flags[:-1], *knows
+    )
     assert code == 2 and "per-layer" in err and not (tmp_path / "p").exists()
 
 

@@ -44,12 +44,14 @@ def examples(count: int = 64, vocabulary: int = 100) -> Dataset:
     return Dataset.from_list([{"input_ids": r, "labels": r} for r in rows])
 
 
-def trained(model, callbacks, folder, steps: int = 12, resume: str | None = None, **options) -> Trainer:
+def trained(
+    model, callbacks, folder, steps: int = 12, resume: str | None = None, optimizers=(None, None), **options
+) -> Trainer:
     arguments = TrainingArguments(
         str(folder), max_steps=steps, learning_rate=5e-3, use_cpu=True, logging_steps=1, report_to="none",
         disable_tqdm=True, **{"save_strategy": "no", "per_device_train_batch_size": 4} | options,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=examples(), callbacks=list(callbacks))
+    trainer = Trainer(model, arguments, train_dataset=examples(), callbacks=list(callbacks), optimizers=optimizers)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 

@@ -185,6 +185,64 @@ def test_a_half_space_step_is_equation_2(live):
     assert not torch.equal(live.logits(), before)
 
 
+@pytest.mark.parametrize("absorb", [True, False])
+def test_a_step_in_bfloat16_is_that_in_float32_rounded_once(absorb):
+    exact = LiveModel(adapted(make("llama").bfloat16().float()))
+    rounded = LiveModel(adapted(make("llama").bfloat16()))
+    rounded.model.load_state_dict(exact.model.state_dict())
+    for name, parameter in rounded.model.named_parameters():
+        if "lora_" in name:  # as PEFT keeps adapters
+            parameter.data = dict(exact.model.named_parameters())[name].data.clone()
+    group = exact.groups.named(FFN)
+    factors = torch.linspace(0.9, 0.999, group.units, dtype=torch.float64)
+    for live in (exact, rounded):
+        scale_units(live.base, group, factors, absorb=absorb)
+    for wanted, found in zip(producers_of(exact, FFN), producers_of(rounded, FFN), strict=True):
+        assert torch.equal(found.base_layer.weight, wanted.base_layer.weight.bfloat16())
+        torch.testing.assert_close(found.lora_B["default"].weight, wanted.lora_B["default"].weight)
+
+
+class Stacked(torch.optim.Optimizer):
+    """Keeps two moments of a parameter in one tensor, as AdEMAMix does."""
+
+    def __init__(self, params, dtype=torch.float32, blocks=False):
+        super().__init__(params, {"lr": 1.0})
+        self.kept, self.blocks = dtype, blocks
+
+    def step(self, closure=None):
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            shape = (7,) if self.blocks else (2, *p.shape)
+            self.state.setdefault(p, {"step": 0, "m1_m2": torch.zeros(shape, dtype=self.kept)})["m1_m2"] += 1
+
+
+def test_what_the_optimizer_keeps_of_rows_of_b_that_become_zero_is_cleared(live):
+    group, parameters = live.groups.named(FFN), [p for p in live.model.parameters() if p.requires_grad]
+    adam, stacked_moments = torch.optim.AdamW(parameters), Stacked(parameters)
+    ids = probe_ids(live.base)
+    live.model(input_ids=ids, labels=ids).loss.backward()
+    factors = torch.ones(group.units, dtype=torch.float64)
+    factors[[2, 7]] = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    for optimizer in (adam, stacked_moments):
+        optimizer.step()
+        scale_units(live.base, group, factors, optimizer, absorb=True)
+    for layer in producers_of(live, FFN):
+        b = layer.lora_B["default"].weight
+        kept = [adam.state[b]["exp_avg"], adam.state[b]["exp_avg_sq"], *stacked_moments.state[b]["m1_m2"]]
+        for moment in kept:
+            assert not moment[7].any() and moment[2].any() and moment[0].any()
+
+
+@pytest.mark.parametrize("form", [{"blocks": True}, {"dtype": torch.uint8}])
+def test_moments_that_cannot_be_cleared_row_by_row_end_the_run_at_its_first_step(form, tmp_path):
+    pruning, model = LoRAShear(0.2, periods=2, warmup=0.2), adapted(make("llama"))
+    optimizer = Stacked([p for p in model.parameters() if p.requires_grad], **form)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    with pytest.raises(PlanError, match=r"m1_m2 .* cleared row by row .*optim='adamw_torch'"):
+        trained(model, [pruning], tmp_path, steps=10, optimizers=(optimizer, constant))
+    assert pruning.live.base.model.layers[0].mlp.up_proj.lora_B["default"].weight.any()
+    assert len(pruning.history) < 2
+
+
 def test_a_merge_leaves_the_function_and_the_gradients_by_b(live):
     """So that an optimizer may go on with what it keeps of B."""
     ids, layer = probe_ids(live.base), live.base.model.layers[0].mlp.up_proj
@@ -291,6 +349,7 @@ def test_protected_groups_stay_whole(tmp_path):
         ({"sparsity": 0.2, "periods": 0}, "one period or more"),
         ({"sparsity": 0.2, "proxies": ("cosine", "taylor")}, "expected one or more of magnitude, cosine"),
         ({"sparsity": 0.2, "proxies": ()}, "expected one or more of magnitude, cosine"),
+        ({"sparsity": 0.2, "epsilon": 2.0}, r"epsilon is 2.0; expected a number in \[0, 1\)"),
     ],
 )
 def test_settings_that_make_no_run_are_refused(arguments, words):
@@ -324,10 +383,12 @@ def test_a_model_that_is_merged_first_is_cut_to_the_same(live):
 def test_the_command_prunes_and_pushes_like_any_other(secateur, checkpoint_folder, text_file, tmp_path):
     common = ["--method", "lorashear", "--sparsity", "0.3", "--steps", "8", "--periods", "2", "--seq-len", "16",
               "--batch-size", "2", "--data", text_file, "--push", "linear"]  # fmt: skip
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *common)
+    paper = ["--merge", "--proxies", "cosine,first"]
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", *common, *paper)
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["protocol"]["settings"]["push"] == "linear"
+    settings = results["protocol"]["settings"]
+    assert (settings["push"], settings["merge"], settings["proxies"]) == ("linear", True, ["cosine", "first"])
     assert results["params"]["sparsity"] == pytest.approx(0.3, abs=0.01)
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", *common, "--variant", "grad")
     assert code == 2 and "lorashear has no use for --variant" in err and not (tmp_path / "o").exists()

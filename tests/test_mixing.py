@@ -394,7 +394,8 @@ def test_recover_finds_the_dense_model_by_itself(secateur, pruned, files, tmp_pa
 def test_prune_and_recover_and_loraprune_take_a_mix(secateur, checkpoint_folder, files, tmp_path):
     common = ["--mix", "dynamic", *data(files[:2]), "--sparsity", 0.2]
     code, _, err = secateur(
-        "prune", checkpoint_folder, "-o", tmp_path / "o", *common, "--criterion", "l2", "--calibration", files[0],
+        "prune", checkpoint_folder, "-o", tmp_path / "o", "--method", "llm-pruner",
+        *common, "--criterion", "l2", "--calibration", files[0],
         "--recover-steps", 2,
     )  # fmt: skip
     assert code == 0, err

@@ -75,7 +75,8 @@ def test_shapes_are_enough_to_list_the_groups(folder):
 def test_prune_recover_and_eval_with_the_code_carried_along(folder, text_file, secateur, tmp_path):
     output, trust = tmp_path / "small", "--trust-remote-code"
     code, _, err = secateur(
-        "prune", folder, "-o", output, "--sparsity", 0.2, "--calibration", text_file, "--samples", 4, "--seq-len", 32,
+        "prune", folder, "-o", output, "--method", "llm-pruner",
+        "--sparsity", 0.2, "--calibration", text_file, "--samples", 4, "--seq-len", 32,
         "--text", text_file, trust, "--recover-steps", 2, "--data", text_file,
     )  # fmt: skip
     assert code == 0, err

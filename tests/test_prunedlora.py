@@ -395,6 +395,34 @@ def test_an_adapter_pruned_after_training(options):
     assert sum(Components(model).ranks.values()) == 3 * len(Components(model).ranks)
 
 
+@pytest.mark.parametrize("options", [PLAIN, DORA])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_dropout_has_no_part_in_pruning_a_trained_adapter(family, options):
+    """Neither that of the adapter nor that of the base; all modules are in their own modes afterwards."""
+    found = []
+    for seed, dropout in ((0, 0.1), (1, 0.1), (2, 0.0)):
+        model = adapted(make(family).double(), lora_dropout=dropout, **options).train()
+        model.get_submodule("base_model.model.lm_head").eval()
+        modes = {name: module.training for name, module in model.named_modules()}
+        ids = probe_ids(model)
+        torch.manual_seed(seed)
+        history = prune_adapter(model, [ids, ids.flip(1)], PrunedLoRASettings(3), events=2)
+        assert {name: module.training for name, module in model.named_modules()} == modes
+        found.append(([row["cost"] for row in history], logits(model)))
+    for costs, result in found[1:]:
+        assert costs == found[0][0] and torch.equal(result, found[0][1])
+
+
+def test_modes_return_where_pruning_fails():
+    model = adapted(make("llama")).train()
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        prune_adapter(model, [probe_ids(model)], PrunedLoRASettings(2, criterion=ComponentCriterion("activation")))
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 def test_an_adapter_is_pruned_on_batches_with_labels():
     """The same as by token ids, where all tokens are labels; and not the same where few are."""
     ranks = []
@@ -428,6 +456,24 @@ class TestRefusals:
     def test_a_schedule_that_does_not_get_there(self, tmp_path):
         with pytest.raises(BudgetError, match="bring rank 8 to 7 in 12 steps, not to 2"):
             trained(adapted(make("llama")), [PrunedLoRA(2, components=1)], tmp_path)
+
+    @pytest.mark.parametrize("target", [8, 9])
+    @pytest.mark.parametrize(("scope", "have"), [("adapter", "no module of more than rank 8"),
+                                                 ("global", "an average rank of 8")])  # fmt: skip
+    def test_nothing_to_remove(self, target, scope, have, tmp_path):
+        message = f"{have}, and {target} is to be left, so that nothing would be removed"
+        with pytest.raises(BudgetError, match=message):
+            trained(adapted(make("llama")), [PrunedLoRA(target, scope=scope)], tmp_path)
+        model = adapted(make("llama"))
+        with pytest.raises(BudgetError, match=message):
+            prune_adapter(model, [probe_ids(model)], PrunedLoRASettings(target, scope=scope))
+
+    def test_some_modules_at_the_target_are_left_alone(self, tmp_path):
+        pruning = PrunedLoRA(4, every=2)
+        trained(adapted(make("llama"), rank_pattern={"q_proj": 4, "up_proj": 2}), [pruning], tmp_path)
+        ranks = pruning.finish()
+        assert {r for name, r in ranks.items() if name.endswith("up_proj")} == {2}
+        assert {r for name, r in ranks.items() if not name.endswith("up_proj")} == {4}
 
     def test_the_papers_schedule_gets_there(self, tmp_path):
         pruning = PrunedLoRA(2, components=2, every=3, criterion=replace(PAPER, recover=False))
@@ -552,6 +598,11 @@ def test_tune_and_prune_again_by_command(secateur, checkpoint_folder, text_file,
     assert stages["adapted"] == pytest.approx(perplexity["tuned"], rel=1e-5) and "rank 3 -> 1" in said
     assert stages["adapted"] < stages["pruned"] < stages["dense"]
     assert json.loads((tmp_path / "smaller" / "adapter_config.json").read_text())["r"] == 1
+    code, _, err = secateur(
+        "prune", tmp_path / "smaller", "-o", tmp_path / "o", "--target-rank", "1", "--calibration", text_file,
+        "--seq-len", "32", "--text", text_file,
+    )  # fmt: skip
+    assert code == 2 and "no module of more than rank 1, and 1 is to be left" in err and not (tmp_path / "o").exists()
 
 
 def test_a_killed_tune_goes_on(secateur, checkpoint_folder, told, tmp_path, monkeypatch):

@@ -117,7 +117,7 @@ def test_its_layout_is_discovered_and_proven(odd_folder, tmp_path, secateur):
 def test_it_is_pruned_and_its_code_goes_along(odd_folder, text_file, tmp_path, secateur):
     flags = ["--sparsity", 0.2, "--calibration", text_file, "--samples", 4, "--seq-len", 32, "--text", text_file]
     output = tmp_path / "small"
-    code, _, err = secateur("prune", odd_folder, "-o", output, "--trust-remote-code", *flags)
+    code, _, err = secateur("prune", odd_folder, "-o", output, "--method", "llm-pruner", "--trust-remote-code", *flags)
     assert code == 0, err
     small = checkpoint.load(output, trust_remote_code=True).model
     assert small.config.inner < 28 and (output / "modeling_odd.py").exists()

@@ -26,6 +26,8 @@ from secateur.plan import PruningPlan
 from secateur.surgery import expressible, mask, prove, slice
 from secateur.surgery.attributes import cut_modules
 
+pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
+
 # family -> what its sublayers are called
 SUBLAYERS = {
     "llama": {"self_attn", "mlp"},
@@ -310,9 +312,11 @@ def test_adapters_go_with_their_sublayers():
 def test_the_command_line_leaves_out_sublayers(checkpoint_folder, text_file, tmp_path, secateur):
     flags = ["--calibration", text_file, "--samples", 2, "--seq-len", 16]
     alone = ["--kinds", "sublayer", "--sparsity", 0.2, *flags]
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "no", *alone)
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "no", "--method", "llm-pruner", *alone)
     assert code == 2 and "--per-layer" in err and not (tmp_path / "no").exists()
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "out", "--per-layer", *alone)
+    code, _, err = secateur(
+        "prune", checkpoint_folder, "-o", tmp_path / "out", "--method", "llm-pruner", "--per-layer", *alone
+    )
     assert code == 0, err
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["parity"]["max_logit_difference"] == 0.0

@@ -275,6 +275,7 @@ def test_a_run_measures_every_stage_and_none_twice(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({
         "model": {"source": str(checkpoint_folder)},
+        "method": "llm-pruner",
         "prune": {"param_sparsity": 0.2, "criterion": "l2", "calibration": {"source": str(text_file)}},
         "recovery": {"data": [str(text_file)], "steps": 1, "batch_size": 2, "seq_len": 32},
         "evaluation": {"tasks": ["piqa", "openbookqa"], "task_data": str(folder), "limit": 3},

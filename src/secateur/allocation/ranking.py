@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from secateur.allocation.costs import Counted
 from secateur.allocation.families import Family
-from secateur.allocation.size import Size
 from secateur.groups import IndexArray
 
-RankingName = Literal["local", "global"]
+RankingName = Literal["local", "global", "search"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +35,14 @@ class Ranking:
     places: tuple[IndexArray, ...]
     counts: IndexArray
     starts: IndexArray
-    measure: Size
+    measure: Counted
 
     def kept(self, taken: IndexArray) -> IndexArray:
         """Units kept in each family after `taken` of its steps."""
         kept: IndexArray = self.counts[self.starts + taken]
         return kept
 
-    def left(self, taken: IndexArray) -> int:
+    def left(self, taken: IndexArray) -> float:
         return self.measure.at(self.kept(taken))
 
     def first(self, steps: int) -> IndexArray:
@@ -76,6 +76,43 @@ class Ranking:
         if below < len(self.order):
             found.append(self._polished(self._walked(self.first(below + 1), target, -1), target))
         return self.kept(min(found, key=lambda taken: abs(self.left(taken) - target)))
+
+    def settle_from(self, kept: IndexArray, target: float) -> IndexArray:
+        """Units kept in each family so that the measure comes closest to `target`, from counts that are near it.
+
+        Where a coarse step leaves a gap that no single step closes, each family is made to give one back, and finer
+        ones fill up.
+
+        Args:
+            kept: counts to begin with; single steps are taken or given back from there, in order.
+            target: what should be left of the measure.
+        """
+        ends = np.append(self.starts[1:], len(self.counts))
+        taken = np.array(
+            [int(np.flatnonzero(self.counts[a:b] == k)[0]) for a, b, k in zip(self.starts, ends, kept, strict=True)],
+            dtype=np.int64,
+        )
+        direction = 1 if self.left(taken) >= target else -1
+        found = [self._polished(self._walked(taken, target, direction), target)]
+        closed = abs(self.left(found[0]) - target) <= min(self._sizes(found[0])) / 2
+        for f in [] if closed else np.flatnonzero(found[0]).tolist():
+            trial = found[0].copy()
+            trial[f] -= 1
+            back = self.left(trial)
+            if back > target:
+                found.append(self._polished(self._walked(trial, target, 1), target))
+        return self.kept(min(found, key=lambda steps: abs(self.left(steps) - target)))
+
+    def _sizes(self, taken: IndexArray) -> list[float]:
+        """What the next step of each family that has one would take, and what the last one took."""
+        here, found = self.left(taken), []
+        for f, places in enumerate(self.places):
+            for number in (taken[f] + 1, taken[f] - 1):
+                if 0 <= number <= len(places):
+                    trial = taken.copy()
+                    trial[f] = number
+                    found.append(abs(self.left(trial) - here))
+        return [size for size in found if size > 0] or [0.0]
 
     def _walked(self, taken: IndexArray, target: float, direction: int) -> IndexArray:
         """Take further steps in order (direction 1), or give steps back from the end (-1), without passing `target`.
@@ -119,7 +156,7 @@ class Ranking:
             error, _, taken = best
 
 
-def rank(families: Sequence[Family], size: Size, measure: Size, ranking: RankingName) -> Ranking:
+def rank(families: Sequence[Family], size: Counted, measure: Counted, ranking: Literal["local", "global"]) -> Ranking:
     """Put the steps of all families in order.
 
     local: by the share of its units that the family has lost halfway through the step, so that at each point of the
@@ -132,7 +169,7 @@ def rank(families: Sequence[Family], size: Size, measure: Size, ranking: Ranking
     touches a head. What counts under a parameter budget is the loss per parameter saved.
 
     Args:
-        size: parameters left.
+        size: what importance is told per: parameters left, or what the budget counts.
         measure: what the budget counts.
     """
     start = np.array([f.counts[0] for f in families], dtype=np.int64)

@@ -21,6 +21,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from secateur.benchmark.clock import now
 from secateur.benchmark.macs import count_macs
 from secateur.errors import DataError, first_line
 from secateur.packed import refuse_packed
@@ -229,9 +230,9 @@ def _run_once(model: PreTrainedModel, prompts: Tensor, new_tokens: int, seen: _T
     before = memory.memory_allocated(device) if has_peak else 0
     if has_peak:
         memory.reset_peak_memory_stats(device)
-    begun = _now(device)
+    begun = now(device)
     model(prompts, use_cache=True)
-    seen.prefill.append(_now(device) - begun)
+    seen.prefill.append(now(device) - begun)
     clock = _generate(model, prompts, new_tokens, seen)
     seen.decode.append((clock.stamps[-1] - clock.stamps[0]) / (len(clock.stamps) - 1))
     if has_peak:
@@ -267,15 +268,8 @@ class _TokenClock(StoppingCriteria):  # type: ignore[misc]
         self.stamps: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        self.stamps.append(_now(input_ids.device))
+        self.stamps.append(now(input_ids.device))
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def _now(device: torch.device) -> float:
-    """The clock, once the device has done what it was told [seconds]."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
 
 
 def _measurement(model: PreTrainedModel, prompts: Tensor, times: _Times) -> Measurement:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,17 +33,27 @@ def count_macs(model: PreTrainedModel, prompt_length: int) -> int:
     matrix products (half of the FLOPs that PyTorch's counter reports for them); attention counts as the full square
     of the prompt, whether or not a kernel skips the masked half. Norms and activations do not count.
     """
+    with shapes_only(model) as run, FlopCounterMode(display=False, custom_mapping=GROUPED_PRODUCT) as counter:
+        run(1, prompt_length, use_cache=False)
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def shapes_only(model: PreTrainedModel) -> Iterator[Callable[..., Any]]:
+    """Give a function (sequences, length, **options) that runs the model on tensors without data."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     with (
         torch.no_grad(),
         FakeTensorMode(allow_non_fake_inputs=True),
         visible_implementations(model),  # the products of grouped experts do not exist for every width
         sdpa_kernel(SDPBackend.MATH),  # the counter does not know the fused attention of the CPU
-        FlopCounterMode(display=False, custom_mapping=GROUPED_PRODUCT) as counter,
     ):
         # only shapes matter; bfloat16 is what the grouped products of experts exist in
         dtypes = {name: torch.bfloat16 if t.is_floating_point() else t.dtype for name, t in tensors.items()}
         fake = {name: torch.empty(t.shape, dtype=dtypes[name]) for name, t in tensors.items()}
-        ids = torch.zeros(1, prompt_length, dtype=torch.long)
-        torch.func.functional_call(model, fake, (ids,), {"use_cache": False})
-    return int(counter.get_total_flops()) // 2
+
+        def run(sequences: int, length: int, **options: Any) -> Any:
+            ids = torch.zeros(sequences, length, dtype=torch.long)
+            return torch.func.functional_call(model, fake, (ids,), options)
+
+        yield run

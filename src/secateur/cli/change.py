@@ -31,12 +31,18 @@ def prune(
     model: Model,
     output: Output,
     sparsity: Annotated[float | None, typer.Option(help="Share of all parameters to remove, in [0, 1).")] = None,
+    of: Annotated[
+        str | None,
+        typer.Option(help="What the sparsity is a share of: params, or macs, memory or latency of --workload (auto)."),
+    ] = None,
+    workload: Annotated[str | None, typer.Option(help="For --of: sequences x tokens of a pass; 1x128.")] = None,
     target_rank: Annotated[
         int | None, typer.Option(help="MODEL is the folder of a LoRA adapter: the rank to leave it.")
     ] = None,
     base: Annotated[str | None, typer.Option(help="For an adapter: its base, if not the one it names.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="llm-pruner; loraprune or lorashear, which prune while they train.")
+        str | None,
+        typer.Option(help="auto (ours), llm-pruner; loraprune or lorashear, which prune while they train."),
     ] = None,
     mode: Annotated[str | None, typer.Option(help="block-wise, channel-wise or layer-wise")] = None,
     kinds: Annotated[
@@ -50,7 +56,10 @@ def prune(
                      "fisher, activation, magnitude, taylor or sensitivity."),
     ] = None,
     reduction: Annotated[str | None, typer.Option(help="sum, mean, max, prod or first")] = None,
-    ranking: Annotated[str | None, typer.Option(help="local or global")] = None,
+    ranking: Annotated[
+        str | None,
+        typer.Option(help="local (the same share everywhere), global, or auto's own search for widths."),
+    ] = None,
     iterations: Annotated[
         int | None, typer.Option(help="Steps over which sparsity grows, scores refreshed; 8 for an adapter.")
     ] = None,
@@ -63,13 +72,16 @@ def prune(
     ] = None,
     compensate: Annotated[
         str | None,
-        typer.Option(help="Solve the matrices that read what goes again, on the calibration text: ridge; or mend "
-                     "their biases alone: bias."),
+        typer.Option(help="Solve the matrices that read what goes again, on the calibration text: ridge (auto's "
+                     "default); mend their biases alone: bias; or none."),
     ] = None,
     layer_choice: Annotated[
         str | None, typer.Option(help="For layer-wise: importance, or first (keep the first ones).")
     ] = None,
-    uniform: Annotated[bool, typer.Option("--uniform/--per-layer", help="The same widths in every layer.")] = True,
+    uniform: Annotated[
+        bool | None,
+        typer.Option("--uniform/--per-layer", help="The same widths in every layer; auto takes what is better."),
+    ] = None,
     tier: Annotated[
         str | None,
         typer.Option(help="Form of the result: uniform, depth (whole layers go) or padded (any loader), per-layer "
@@ -117,6 +129,13 @@ def prune(
         str | None, typer.Option(help="lorashear: how units become zero: half-space (the paper's) or linear.")
     ] = None,
     periods: Annotated[int | None, typer.Option(help="lorashear: periods in which units go.")] = None,
+    proxies: Annotated[
+        str | None,
+        typer.Option(help="lorashear: what units are chosen by, with commas: guided; magnitude,cosine,first,second."),
+    ] = None,
+    merge: Annotated[
+        bool | None, typer.Option("--merge", help="lorashear: merge adapters at the end of every period (the paper's).")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="While training: go on from the last checkpoint.")] = False,
     seed: Seed = 42,
     dtype: Dtype = None,
@@ -135,6 +154,8 @@ def prune(
         return
     if tier in ("gguf", "vllm"):
         raise RecipeError(f"--tier {tier}: prune first, then `secateur export {output} -o OUT --to {tier}`")
+    if plan is not None and method is None:  # what goes is known, and nothing else is done unless it is asked for
+        method = "llm-pruner"
     trains = method in METHOD_OPTIONS
     reading = {"field": field, "seq_len": seq_len}
     checkpointing = {"gradient_checkpointing": gradient_checkpointing}
@@ -157,6 +178,8 @@ def prune(
         "compact_every": compact_every,
         "push": push,
         "periods": periods,
+        "proxies": proxies.split(",") if proxies else None,
+        "merge": merge,
     }
     training = {
         "steps": steps,
@@ -173,17 +196,17 @@ def prune(
         )
         recovery: dict[str, Any] | None = {"data": data, **watching, **training, **reading, **checkpointing}
     else:
-        no_use(method or "llm-pruner", {**training, **tuning})
+        no_use(method or "auto", {**training, **tuning})
         scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
         recovers = bool(recover_steps) and not no_recover
-        no_use(f"{method or 'llm-pruner'} without --recover-steps", {} if recovers else watching | afterwards)
+        no_use(f"{method or 'auto'} without --recover-steps", {} if recovers else watching | afterwards)
         recovery = {"data": data, **watching, **afterwards, "steps": recover_steps} if recovers else None
     recipe = recipe_of(
         model,
         {
             "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize},
             "method": {"name": method} | tuning,
-            "prune": _budget(sparsity, kinds, plan)
+            "prune": _budget(sparsity, kinds, plan, of, workload)
             | scoring
             | {
                 "ranking": ranking,
@@ -210,18 +233,29 @@ def prune(
     told_where(output)
 
 
-def _budget(sparsity: float | None, kinds: str | None, plan: Path | None) -> dict[str, Any]:
+def _budget(
+    sparsity: float | None, kinds: str | None, plan: Path | None, of: str | None, workload: str | None
+) -> dict[str, Any]:
     """How much of what to remove, in the words of a recipe.
 
     Raises:
-        BudgetError: nothing says how much.
+        BudgetError: nothing says how much, or of what.
     """
+    from secateur.config import BUDGET_OF
     from secateur.errors import BudgetError
 
     names, ratios = _kinds(kinds)
     if sparsity is None and plan is None and not (names and set(names) == set(ratios)):
         raise BudgetError("say how much to remove (--sparsity 0.2) or replay a plan (--plan plan.json)")
-    return {"param_sparsity": sparsity, "kinds": names or None, "kind_ratios": ratios or None}
+    if of is not None and of not in BUDGET_OF:
+        raise BudgetError(f"--of {of}: expected one of {', '.join(BUDGET_OF)}")
+    found: dict[str, Any] = {BUDGET_OF[of or "params"]: sparsity}
+    if workload is not None:
+        batch, _, length = workload.partition("x")
+        if not (batch.isdecimal() and length.isdecimal()):
+            raise BudgetError(f"--workload {workload}: expected sequences x tokens, as 1x128")
+        found["workload"] = {"batch": int(batch), "length": int(length)}
+    return found | {"kinds": names or None, "kind_ratios": ratios or None}
 
 
 def _kinds(text: str | None) -> tuple[list[str], dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,8 @@ def print_results(results: dict[str, Any]) -> None:
         out.print(f"{params['dense']:,} -> {params['pruned']:,} parameters ({share})", soft_wrap=True)
     if packed := results.get("protocol", {}).get("quantised"):
         out.print(f"dense is the model as it was trained on, its linear modules packed by {packed}")
+    if cost := results.get("cost"):
+        print_cost(cost)
     print_perplexity(results)
     if results.get("kinds"):
         print_kinds(results["kinds"])
@@ -87,6 +90,8 @@ def print_results(results: dict[str, Any]) -> None:
             f"and are by {after:.1%}",
             soft_wrap=True,
         )
+    if choice := results.get("choice"):
+        print_choice(choice)
     for family, reason in results.get("left_whole", {}).items():
         out.print(f"left whole: {family}: {reason}", soft_wrap=True)
     if "tier" in results:
@@ -123,6 +128,30 @@ def print_perplexity(results: dict[str, Any]) -> None:
             figures = [f"{p[s]:.3f}" if s in p else "" for s in stages]
             table.add_row(name, str(p["tokens"]), str(p["seq_len"]), *figures)
         out.print(table)
+
+
+def print_cost(cost: dict[str, Any]) -> None:
+    """What the workload costs before and after, measured, beside what the table of widths said."""
+    what = {"macs": "multiply-accumulates", "memory": "bytes of weights and cache", "latency": "seconds"}[cost["what"]]
+    out.print(
+        f"{what} of {cost['batch']} x {cost['length']} tokens: {cost['dense']:.4g} -> {cost['pruned']:.4g} "
+        f"({1 - cost['pruned'] / cost['dense']:.2%} less; {cost['sparsity']:.2%} by the table of widths)",
+        soft_wrap=True,
+    )
+
+
+def print_choice(choice: dict[str, Any]) -> None:
+    """Which form of the result was taken, and by how much it was better."""
+    taken = {"uniform": "the same widths in every layer", "per_layer": "widths by layer"}[choice["chosen"]]
+    if "gain" not in choice:
+        out.print(f"{taken}: {choice['why']}", soft_wrap=True)
+        return
+    out.print(
+        f"{taken}: on {choice['sequences']} calibration sequences set aside the perplexity is "
+        f"{math.exp(choice['uniform']):.3f} with the same widths, {math.exp(choice['per_layer']):.3f} with widths by "
+        f"layer ({1 - math.exp(-choice['gain']):.1%} lower, standard error {choice['standard_error']:.1%})",
+        soft_wrap=True,
+    )
 
 
 def print_kinds(kinds: dict[str, Any]) -> None:

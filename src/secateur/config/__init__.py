@@ -4,6 +4,7 @@ from secateur.config.files import list_recipes, load_job, load_recipe, recipe_te
 from secateur.config.recipe import Recipe, dump_recipe, parse_recipe
 from secateur.config.recovery import RecoverSettings
 from secateur.config.sections import (
+    BUDGET_OF,
     METHOD_OPTIONS,
     CalibrationSettings,
     ComponentSettings,
@@ -17,6 +18,7 @@ from secateur.config.sections import (
 from secateur.config.sweep import Combination, Sweep, label, parse_sweep
 
 __all__ = [
+    "BUDGET_OF",
     "METHOD_OPTIONS",
     "CalibrationSettings",
     "Combination",

@@ -11,12 +11,14 @@ from pydantic import BaseModel, ValidationError, model_validator
 
 from secateur.config.recovery import RecoverSettings
 from secateur.config.sections import (
+    AUTO,
     EvaluationSettings,
     MethodSettings,
     ModelSettings,
     PruneSettings,
     Section,
     TuneSettings,
+    with_defaults_of_auto,
 )
 from secateur.errors import RecipeError
 
@@ -34,9 +36,39 @@ class Recipe(Section):
     seed: int = 42
 
     @property
+    def searches(self) -> bool:
+        """Whether the method is ours; modes other than block-wise are LLM-Pruner's in any case."""
+        return self.method.name == AUTO and self.prune.mode == "block-wise"
+
+    @property
     def recovers(self) -> bool:
         """Whether recovery is a stage of its own, after the cut."""
         return self.recovery is not None and not self.method.trains and self.tune is None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_auto(cls, data: Any) -> Any:
+        """What `auto` takes where nothing else is said, so that a recipe holds all that a run depends on."""
+        if not isinstance(data, Mapping) or data.get("tune") is not None:
+            return data
+        method, prune = data.get("method") or {}, data.get("prune") or {}
+        name = method.get("name", AUTO) if isinstance(method, Mapping) else method
+        if name != AUTO or not isinstance(prune, Mapping):
+            return data
+        return {**data, "prune": with_defaults_of_auto(prune)}
+
+    @model_validator(mode="after")
+    def _search_of_auto(self) -> Recipe:
+        if self.prune.counted and not self.searches:
+            (name,) = self.prune.budgets
+            raise ValueError(
+                f"{name} is a budget of the method auto in block-wise mode: {self.method.name} takes param_sparsity"
+            )
+        if self.prune.ranking == "search" and not self.searches:
+            raise ValueError(
+                f"the ranking search is of the method auto in block-wise mode: {self.method.name} takes local or global"
+            )
+        return self
 
     @model_validator(mode="after")
     def _data_to_train_on(self) -> Recipe:

@@ -60,7 +60,7 @@ class MethodSettings(Section):
     What is not given is as the method itself has it. `method: lorashear` is short for `method: {name: lorashear}`.
     """
 
-    name: Literal["llm-pruner", "loraprune", "lorashear"] = "llm-pruner"
+    name: Literal["auto", "llm-pruner", "loraprune", "lorashear"] = "auto"
     variant: Literal["lora", "grad", "magnitude"] | None = None
     normalise: bool | None = None
     ema: float | None = Field(None, ge=0, lt=1)
@@ -100,10 +100,19 @@ class MethodSettings(Section):
         return self
 
 
+AUTO = "auto"  # ours, the default
 METHOD_OPTIONS: Mapping[str, Sequence[str]] = {
     "loraprune": ("variant", "normalise", "ema", "frequency", "initial", "warmup", "cooldown", "compact_every"),
     "lorashear": ("push", "proxies", "merge", "periods", "warmup", "cooldown", "epsilon"),
 }
+
+
+COSTS: Mapping[str, Literal["macs", "memory", "latency"]] = {
+    "mac_sparsity": "macs", "memory_sparsity": "memory", "latency_sparsity": "latency",
+}  # fmt: skip
+BUDGETS = ("param_sparsity", "unit_sparsity", *COSTS)
+# by what it is a share of
+BUDGET_OF: Mapping[str, str] = {"params": "param_sparsity"} | {str(what): name for name, what in COSTS.items()}
 
 
 class CalibrationSettings(Section):
@@ -115,15 +124,27 @@ class CalibrationSettings(Section):
     seq_len: int = Field(64, ge=2)
 
 
+class WorkloadSettings(Section):
+    """The forward pass whose multiply-accumulates, memory or latency a budget counts."""
+
+    batch: int = Field(1, ge=1)
+    length: int = Field(128, ge=1)
+
+
 class PruneSettings(Section):
     """What to remove, and how to choose it.
 
+    A budget is a share of the parameters, of units, or of what a `workload` costs.
     Of the groups in `knowledge`, a file that `secateur analyze` wrote, the worst `protect_share` is left whole. With
     `compensate`, matrices that read what goes make up for it on the calibration text (`secateur.compensation`).
     """
 
     param_sparsity: float | None = Field(None, ge=0, lt=1)
     unit_sparsity: float | None = Field(None, ge=0, lt=1)
+    mac_sparsity: float | None = Field(None, ge=0, lt=1)
+    memory_sparsity: float | None = Field(None, ge=0, lt=1)
+    latency_sparsity: float | None = Field(None, ge=0, lt=1)
+    workload: WorkloadSettings = WorkloadSettings()
     mode: Literal["block-wise", "channel-wise", "layer-wise"] = "block-wise"
     kinds: tuple[Kind, ...] = ()
     kind_ratios: dict[Kind, Annotated[float, Field(ge=0, lt=1)]] = {}
@@ -131,11 +152,11 @@ class PruneSettings(Section):
         "random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed", "gate", "gate-1", "gate-mixed"
     ] = "taylor-1"
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
-    ranking: Literal["local", "global"] = "local"
+    ranking: Literal["local", "global", "search"] = "local"
     iterations: int = Field(1, ge=1)
     gradient_checkpointing: bool = False
     calibration: CalibrationSettings = CalibrationSettings()
-    uniform: bool = True
+    uniform: bool | None = None
     tier: Literal["auto", "uniform", "depth", "per-layer", "padded"] = "auto"
     round_to: int = Field(1, ge=1)
     protect_first: int = Field(0, ge=0)
@@ -149,19 +170,37 @@ class PruneSettings(Section):
     compensate_target: Literal["current", "dense"] = "current"
 
     @property
-    def same_widths(self) -> bool:
-        """Whether every layer gets the same widths, by the tier if one is asked for."""
+    def form(self) -> bool | None:
+        """Whether every layer gets the same widths, by the tier if one is asked for; None if nothing is said."""
         return self.uniform if self.tier == "auto" else self.tier in ("uniform", "depth")
+
+    @property
+    def same_widths(self) -> bool:
+        """`form`, of methods that do not choose themselves."""
+        return self.form is not False
 
     @property
     def share_to_protect(self) -> float:
         """Of the groups in the knowledge file; a tenth if nothing else is said."""
         return 0.1 if self.protect_share is None else self.protect_share
 
+    @property
+    def budgets(self) -> dict[str, float]:
+        """Setting -> share to remove, of those that are given."""
+        given = {name: getattr(self, name) for name in BUDGETS}
+        return {name: share for name, share in given.items() if share is not None}
+
+    @property
+    def counted(self) -> Literal["macs", "memory", "latency"] | None:
+        """What of the workload the budget counts, if it does."""
+        return next((COSTS[name] for name in self.budgets if name in COSTS), None)
+
     @model_validator(mode="after")
     def _one_budget(self) -> PruneSettings:
-        if self.param_sparsity is not None and self.unit_sparsity is not None:
-            raise ValueError("give param_sparsity or unit_sparsity, not both")
+        if len(self.budgets) > 1:
+            raise ValueError(f"give one of {' and '.join(self.budgets)}, not both")
+        if self.counted is None and self.workload != WorkloadSettings():
+            raise ValueError(f"a workload is what {', '.join(COSTS)} are shares of: give one of them, too")
         return self
 
     @model_validator(mode="after")
@@ -181,6 +220,24 @@ class PruneSettings(Section):
         if self.protect_share is not None and self.knowledge is None:
             raise ValueError("protect_share is a share of the groups in a knowledge file: give knowledge, too")
         return self
+
+
+def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a section `prune` with what `auto` takes where they say nothing.
+
+    What a cut of whole layers or of the hidden dimension has no use for stays as LLM-Pruner has it.
+    """
+    blocks = prune.get("mode", "block-wise") == "block-wise"
+    defaults: dict[str, Any] = {"criterion": "taylor-2"} if "reduction" not in prune else {}
+    if blocks:
+        defaults |= {"ranking": "search", "compensate": "ridge"}
+    found = {**defaults, **prune}
+    if found.get("compensate") == "ridge":
+        found.setdefault("compensate_target", "dense")
+    calibration = prune.get("calibration", {})
+    if isinstance(calibration, Mapping):
+        found["calibration"] = {"samples": 128, "seq_len": 128, **calibration}
+    return found
 
 
 class ComponentSettings(Section):

@@ -22,27 +22,27 @@ layer-wise pruning chooses layers by importance, the reference's "first N" is `l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from secateur.allocation import Budget, allocate, check_shares
-from secateur.compensation import Compensated, Compensation, compensated
+from secateur.compensation import Compensation
+from secateur.cutting import PruneResult, Step, cut
 from secateur.discovery import discover
 from secateur.errors import BudgetError
 from secateur.groups import Groups
 from secateur.importance import score
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
-from secateur.surgery import expressible, mask, select, slice
+from secateur.surgery import expressible, mask, select
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mode = Literal["block-wise", "channel-wise", "layer-wise"]
-Step = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -91,27 +91,6 @@ class LLMPruner:
             raise BudgetError(f"a share is asked of {others[0]}, which is not among the kinds to prune: add it to them")
 
 
-@dataclass(frozen=True)
-class PruneResult:
-    """The cut model, the plan that cuts it, and what was left whole.
-
-    Attributes:
-        model: the smaller model.
-        plan: units kept.
-        groups: those of the original that could lose units.
-        scores: importance per group in the whole model, at the first iteration [units].
-        left_whole: family -> why it was not pruned although its kind was to be.
-        compensated: the matrices that make up for what went.
-    """
-
-    model: PreTrainedModel
-    plan: PruningPlan
-    groups: Groups
-    scores: Mapping[str, torch.Tensor]
-    left_whole: Mapping[str, str] = field(default_factory=dict)
-    compensated: Sequence[Compensated] = ()
-
-
 def run(
     model: PreTrainedModel, batches: Sequence[torch.Tensor], settings: LLMPruner, on_step: Step = lambda name: None
 ) -> PruneResult:
@@ -158,24 +137,6 @@ def run(
         )
     small, done = cut(model, plan, batches, settings.compensation, groups, on_step)
     return PruneResult(small, plan, candidates, first, left_whole, done)
-
-
-def cut(
-    model: PreTrainedModel,
-    plan: PruningPlan,
-    batches: Sequence[torch.Tensor],
-    compensation: Compensation | None,
-    groups: Groups | None = None,
-    on_step: Step = lambda name: None,
-) -> tuple[PreTrainedModel, Sequence[Compensated]]:
-    """Step 4, compensated or not; `model` is left as it was."""
-    if compensation is None:
-        on_step("cut")
-        return slice(model, plan, groups), ()
-    on_step("compensate")
-    with compensated(model, plan, batches, compensation, groups) as done:
-        on_step("cut")
-        return slice(model, plan, groups), done
 
 
 def kinds_of(mode: Mode, groups: Groups) -> tuple[str, ...]:

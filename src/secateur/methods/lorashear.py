@@ -42,7 +42,13 @@ from secateur.plan import PruningPlan
 from secateur.recovery.gradual import GradualPruning, GradualSettings, budget_of
 from secateur.recovery.guided import GuidedAverage
 from secateur.surgery.live import LiveModel
-from secateur.surgery.shrinking import adapted_weights, merge_and_restart, producer_tensors, scale_units
+from secateur.surgery.shrinking import (
+    adapted_weights,
+    check_clearable,
+    merge_and_restart,
+    producer_tensors,
+    scale_units,
+)
 
 LEAST, FACTOR, MOST = 1e-2, 20.0, 1e3  # OTOv2's lambda_0, c and C for AdamW
 
@@ -73,6 +79,8 @@ class LoRAShearSettings(GradualSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.one_of("push", ("half-space", "linear"))
+        if not 0 <= self.epsilon < 1:
+            raise BudgetError(f"epsilon is {self.epsilon}; expected a number in [0, 1)")
         if not self.proxies or set(self.proxies) - set(PROXIES):
             raise BudgetError(f"proxies are {list(self.proxies)}; expected one or more of {', '.join(PROXIES)}")
 
@@ -106,6 +114,7 @@ class LoRAShear(GradualPruning):
             )
         self.redundant: dict[str, Tensor] = {}
         self.average = GuidedAverage()
+        self._state_checked = False
 
     def last_cut(self, steps: int) -> int:
         return self._begins(steps)[-1]
@@ -141,7 +150,11 @@ class LoRAShear(GradualPruning):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
     ) -> None:
         """Steps 2 to 4."""
+        assert self.live is not None
         begins, step = self._begins(state.max_steps), state.global_step
+        if optimizer is not None and optimizer.state and not self._state_checked:  # there is a state after a step
+            check_clearable(self.live.base, [self.live.groups.named(n) for n in self.candidates], optimizer)
+            self._state_checked = True
         if begins[0] < step <= begins[-1]:
             last = next(begin for begin in begins if begin >= step)
             self._push(last - step, optimizer)

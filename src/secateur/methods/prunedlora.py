@@ -21,7 +21,8 @@ training components are set to zero with their moments, and leave when training 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -84,9 +85,10 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
         """Make sure that the target is reached in a run of so many steps; after `prepare`.
 
         Raises:
-            BudgetError: it is not.
+            BudgetError: it is not, or was from the start, so that there is nothing to remove.
         """
         assert self.pruner is not None
+        self.settings.check_larger(self.pruner.initial)
         self.settings.check_reach(self.pruner.initial, steps)
 
     def on_train_begin(
@@ -101,9 +103,9 @@ class PrunedLoRA(TrainerCallback):  # type: ignore[misc]
         assert self.pruner is not None
         if self.pruner.parts.model is not model:
             raise PlanError("this PrunedLoRA was prepared for another model; make a new one for this training")
+        self.check_steps(state.max_steps)
         self.pruner.compact = args.world_size == 1
         self.pruner.begin()
-        self.check_steps(state.max_steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **_: Any
@@ -193,7 +195,8 @@ def prune_adapter(
 ) -> list[dict[str, Any]]:
     """Prune a trained adapter to the target rank in place, with gradients on calibration data, and without training.
 
-    Before each of several removals, the gradients of all batches are taken anew.
+    Before each of several removals, the gradients of all batches are taken anew, with the model in evaluation mode: no
+    dropout, and no recomputed activations.
 
     Args:
         model: a `PeftModel` whose adapter can be trained (`is_trainable=True`).
@@ -207,23 +210,38 @@ def prune_adapter(
 
     Raises:
         PlanError: the components cannot be removed, or the adapter is frozen.
+        BudgetError: the adapter has the target rank already.
         NonFiniteError: a loss or score is NaN or infinite.
     """
     pruner = Pruner(model, settings.criterion, settings.adapter, settings.keep)
+    settings.check_larger(pruner.initial)
     factors = [f for n in pruner.initial for f in (pruner.parts.up(n), pruner.parts.down(n))]
     if not all(f.requires_grad for f in factors):
         raise PlanError("the adapter is frozen, so it has no gradients: load it with is_trainable=True")
-    pruner.begin()
     history = [record(0, pruner.ranks)]
-    for event in range(1, events + 1):
-        _measure(model, batches, pruner, factors)
-        if counts := settings.excess(pruner, part(event / events)):
-            cost = pruner.remove(counts)
-            history.append(record(event, pruner.ranks, cost))
+    with _scoring(model, pruner):
+        for event in range(1, events + 1):
+            _measure(model, batches, pruner, factors)
+            if counts := settings.excess(pruner, part(event / events)):
+                cost = pruner.remove(counts)
+                history.append(record(event, pruner.ranks, cost))
     for factor in factors:
         factor.grad = None
-    pruner.end()
     return history
+
+
+@contextmanager
+def _scoring(model: Any, pruner: Pruner) -> Iterator[None]:
+    """Evaluation mode for all modules, and each its own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    pruner.begin()  # later than eval(), after which DoRA would remember B A
+    try:
+        yield
+    finally:
+        pruner.end()
+        for module, mode in modes.items():
+            module.training = mode  # train(mode) would set all modules below, too
 
 
 def _measure(

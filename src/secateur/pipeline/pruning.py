@@ -7,21 +7,23 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from secateur import checkpoint as checkpoints
 from secateur.allocation import Budget
+from secateur.benchmark.costs import Workload
 from secateur.checkpoint import BUNDLED, Checkpoint, output_folder
 from secateur.compensation import Compensated, Compensation
 from secateur.config import PruneSettings, Recipe
+from secateur.cutting import cut
 from secateur.data import Corpus, calibration_tokens, load_corpus
 from secateur.errors import BudgetError, DataError, PlanError, StreamingError
 from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Gate, Random, Taylor
 from secateur.importance.summary import summary
-from secateur.methods import llm_pruner
+from secateur.methods import auto, llm_pruner
 from secateur.pipeline.protecting import Protection, protection
 from secateur.pipeline.reporting import check_reporting
 from secateur.pipeline.results import (
@@ -57,7 +59,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
     """
     check_reporting(recipe)
     wanted = recipe.prune
-    if plan is None and wanted.param_sparsity is None and wanted.unit_sparsity is None and not wanted.kind_ratios:
+    if plan is None and not wanted.budgets and not wanted.kind_ratios:
         raise BudgetError("say how much to remove: prune.param_sparsity, or prune.unit_sparsity as the papers count")
     if wanted.tier == "depth" and plan is None and wanted.mode != "layer-wise" and "layer" not in (wanted.kinds or ()):
         raise PlanError("the tier depth drops whole layers, and these settings none: add --mode layer-wise")
@@ -127,6 +129,9 @@ def add_pruned(
     """
     small = in_tier(small, recipe.prune.tier, source, results)
     results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
+    if workload := workload_of(recipe.prune):
+        clock.begin("measure_cost")
+        results["cost"] |= {"dense": workload.of(source.model), "pruned": workload.of(small)}
     clock.begin("evaluate_pruned")
     add_stage(results, "pruned", source, small, recipe.evaluation)
     add_macs(results, "pruned", small)
@@ -197,13 +202,20 @@ def _cut(
 ) -> tuple[PreTrainedModel, PruningPlan]:
     """The smaller model and the plan behind it: one to replay, or one made now by scores on a text."""
     batches = [] if corpus is None else [calibration_batch(source, corpus, recipe, results)]
-    settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
     if replayed is not None:
         replayed.check_checkpoint(source.sha256)
-        small, done = llm_pruner.cut(source.model, replayed, batches, settings.compensation, on_step=clock.begin)
+        small, done = cut(source.model, replayed, batches, compensation_of(recipe.prune), on_step=clock.begin)
         results |= _compensation(done) | {"widths": replayed.widths()}
         return small, _for(source, replayed)
-    result = llm_pruner.run(source.model, batches, settings, clock.begin)
+    if recipe.searches:
+        ours = replace(settings_of_auto(recipe.prune, recipe.seed), protect=protect)
+        result = auto.run(source.model, batches, ours, clock.begin)
+        results |= {"choice": dict(result.choice)} if result.choice else {}
+        if ours.workload:
+            results["cost"] = asdict(ours.workload) | dict(result.plan.provenance["allocation"]["cost"])
+    else:
+        settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
+        result = llm_pruner.run(source.model, batches, settings, clock.begin)
     results |= _compensation(result.compensated)
     results["kinds"] = result.plan.provenance["allocation"]["shares"]
     results["left_whole"] = dict(result.left_whole)
@@ -237,12 +249,11 @@ def in_tier(small: PreTrainedModel, wanted: str, source: Checkpoint, results: Re
 
 def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     """The method's settings that a recipe describes."""
-    unlimited = prune.param_sparsity is None and prune.unit_sparsity is None
+    assert prune.ranking != "search"
     return llm_pruner.LLMPruner(
-        budget=None if unlimited else Budget(prune.param_sparsity, prune.unit_sparsity),
+        **_budget(prune),
         criterion=criterion_of(prune, seed),
         mode=prune.mode,
-        kinds=prune.kinds or (tuple(prune.kind_ratios) if unlimited else ()),
         reduction=prune.reduction,
         ranking=prune.ranking,
         iterations=prune.iterations,
@@ -253,8 +264,48 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
         layer_ratios=prune.layer_ratios,
         kind_ratios=prune.kind_ratios,
         layer_choice=prune.layer_choice,
-        compensation=None if prune.compensate == "none" else Compensation(prune.compensate, prune.compensate_target),
+        compensation=compensation_of(prune),
     )
+
+
+def settings_of_auto(prune: PruneSettings, seed: int) -> auto.Auto:
+    """The settings of our own method that a recipe describes."""
+    return auto.Auto(
+        **_budget(prune),
+        criterion=criterion_of(prune, seed),
+        reduction=prune.reduction,
+        ranking=prune.ranking,
+        iterations=prune.iterations,
+        uniform=prune.form,
+        round_to=prune.round_to,
+        protect_first=prune.protect_first,
+        protect_last=prune.protect_last,
+        layer_ratios=prune.layer_ratios,
+        kind_ratios=prune.kind_ratios,
+        compensation=compensation_of(prune),
+        workload=workload_of(prune),
+    )
+
+
+def compensation_of(prune: PruneSettings) -> Compensation | None:
+    """How a recipe compensates."""
+    return None if prune.compensate == "none" else Compensation(prune.compensate, prune.compensate_target)
+
+
+def _budget(prune: PruneSettings) -> dict[str, Any]:
+    """What is to go, and of which kinds."""
+    given = prune.budgets
+    share = next(iter(given.values()), 0.0)
+    budget = Budget(cost_sparsity=share) if prune.counted else Budget(**given) if given else None
+    return {
+        "budget": budget,
+        "kinds": prune.kinds or (() if given else tuple(prune.kind_ratios)),
+    }
+
+
+def workload_of(prune: PruneSettings) -> Workload | None:
+    """What a recipe's budget counts, if it is neither parameters nor units."""
+    return Workload(prune.counted, prune.workload.batch, prune.workload.length) if prune.counted else None
 
 
 def criterion_of(prune: PruneSettings, seed: int) -> Criterion | Gate:

@@ -108,6 +108,7 @@ def method_of(recipe: Recipe, protect: tuple[str, ...] = ()) -> GradualPruning:
             "compensate its plan on the dense model instead, replay it: secateur prune MODEL --plan plan.json "
             "--compensate ridge"
         )
+    assert prune.ranking != "search"
     methods: dict[str, Callable[..., GradualPruning]] = {"loraprune": LoRAPrune, "lorashear": LoRAShear}
     return methods[recipe.method.name](
         budget=Budget(prune.param_sparsity, prune.unit_sparsity),

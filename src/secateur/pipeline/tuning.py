@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from secateur.checkpoint import Checkpoint, output_folder, quantisation, write_adapter
 from secateur.config import Recipe, TuneSettings
 from secateur.data import calibration_tokens, load_corpus
-from secateur.errors import BudgetError, CheckpointError, RecipeError, first_line
+from secateur.errors import CheckpointError, RecipeError, first_line
 from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters, training_corpora
 from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
@@ -88,6 +88,7 @@ def prune_trained_adapter(
         SecateurError: for anything wrong with the input; no output is written then.
     """
     from secateur.methods.prunedlora import prune_adapter
+    from secateur.surgery.ranks import Components
 
     assert recipe.tune is not None
     calibration, settings = recipe.prune.calibration, _settings(recipe.tune)
@@ -105,7 +106,7 @@ def prune_trained_adapter(
         clock.begin("evaluate_dense")
         add_stage(results, "dense", source, source.model, recipe.evaluation)
         adapted = _loaded(source, adapter)
-        _check_larger(adapted, settings)
+        settings.check_larger(Components(adapted).ranks)
         clock.begin("evaluate_adapted")
         add_stage(results, "adapted", source, adapted, recipe.evaluation)  # type: ignore[arg-type]
         results["params"] = {"initial": adapted.num_parameters(only_trainable=True)}
@@ -157,22 +158,6 @@ def _loaded(source: Checkpoint, adapter: Path) -> PeftModel:
             f"the adapter {adapter} does not fit {source.source}: {first_line(error)}; if that is not its base, say "
             "which one is (--base)"
         ) from error
-
-
-def _check_larger(adapted: PeftModel, settings: PrunedLoRASettings) -> None:
-    """Make sure that there is something to remove.
-
-    Raises:
-        BudgetError: the adapter has the target rank already.
-    """
-    from secateur.surgery.ranks import Components
-
-    ranks = Components(adapted).ranks
-    if settings.reached(ranks):
-        raise BudgetError(
-            f"the adapter has no module of more than rank {max(ranks.values())}, and {settings.target_rank} is to be "
-            "left: ask for less (--target-rank)"
-        )
 
 
 def _write(

@@ -84,7 +84,7 @@ def check_state(model: nn.Module, groups: Groups, kept: Kept, optimizer: Optimiz
         PlanError: it keeps state of other shapes than its parameters.
     """
     for cut in _all_cuts(model, groups, kept):
-        cut.check(optimizer)
+        cut.check(optimizer, "take another optimizer, or masks alone (no compact_every)")
 
 
 def _all_cuts(model: nn.Module, groups: Groups, kept: Kept) -> list[Cut]:

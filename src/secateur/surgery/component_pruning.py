@@ -98,8 +98,9 @@ class Pruner:
 
         Raises:
             NonFiniteError: a score is NaN or infinite.
-            PlanError: the optimizer's state cannot be cut along.
+            PlanError: the optimizer's state cannot be cut along; nothing is changed then.
         """
+        self.parts.check(counts, optimizer)
         gone: dict[str, Tensor] = {}
         cost, before = 0.0, self.ranks
         for name, count in counts.items():

@@ -33,16 +33,26 @@ class Cut:
         tensor: Tensor = getattr(self.module, self.leaf)
         return tensor
 
-    def check(self, optimizer: Optimizer | None) -> None:
-        """Make sure that the tensor, and what the optimizer keeps for it, can be cut."""
+    def check(self, optimizer: Optimizer | None, remedy: str) -> None:
+        """Make sure that the tensor, and what the optimizer keeps for it, can be cut.
+
+        Args:
+            remedy: what to do if not, told with the reason.
+
+        Raises:
+            PlanError: it keeps state of other shapes than its parameters, or in packed form.
+        """
         tensor = self.tensor
         for key, value in _kept_for(optimizer, tensor).items():
-            if isinstance(value, Tensor) and value.dim() and value.shape != tensor.shape:
+            if not isinstance(value, Tensor) or not value.dim():
+                continue
+            if value.shape != tensor.shape:
                 raise PlanError(
                     f"the optimizer keeps {key} of shape {tuple(value.shape)} for a parameter of shape "
-                    f"{tuple(tensor.shape)}, which cannot be cut along: take another optimizer, or masks alone "
-                    "(no compact_every)"
+                    f"{tuple(tensor.shape)}, which cannot be cut along: {remedy}"
                 )
+            if type(value) not in (Tensor, nn.Parameter):  # of torchao's, which hold blocks with a scale for each
+                raise PlanError(f"the optimizer keeps {key} packed ({type(value).__name__}): {remedy}")
 
     def apply(self, optimizer: Optimizer | None) -> None:
         tensor = self.tensor

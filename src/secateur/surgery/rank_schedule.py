@@ -86,6 +86,21 @@ class PrunedLoRASettings:
             return sum(ranks.values()) <= self._total(ranks)
         return max(ranks.values()) <= self.target_rank
 
+    def check_larger(self, ranks: Mapping[str, int]) -> None:
+        """Make sure that there is something to remove.
+
+        Raises:
+            BudgetError: the adapter has the target rank already.
+        """
+        if self.reached(ranks):
+            have = f"no module of more than rank {max(ranks.values())}"
+            if self.scope == "global":
+                have = f"an average rank of {sum(ranks.values()) / len(ranks):g}"
+            raise BudgetError(
+                f"the adapter has {have}, and {self.target_rank} is to be left, so that nothing would be removed: ask "
+                "for a lower target rank, or start from a larger rank"
+            )
+
     def check_reach(self, ranks: Mapping[str, int], steps: int) -> None:
         """Make sure that K1 and K2 lead to the target.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from secateur.errors import PlanError
+from secateur.groups import IndexArray
 from secateur.surgery.adapters import PREFIX, is_adapted
 from secateur.surgery.cuts import Cut
 
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 
 # These leave the base as it is; others put a part of it into the adapter, and would do so anew at the smaller rank.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal", "eva")
-SQUARES = ("sq", "sum")  # in the names optimizers give to averages of squares: exp_avg_sq, square_avg, sum
+# In the names optimizers give to averages of squares: exp_avg_sq, square_avg, sum; Adam's of bitsandbytes is state2.
+SQUARES = ("sq", "sum", "state2")
+ONLY_SQUARES = ("rmsprop", "adagrad")  # optimizers of bitsandbytes whose state1 is of squares, too
+REMEDY = "take another optimizer, one that keeps numbers of the parameters' shapes (adamw_torch, or one of 32 bits)"
 
 
 class Components:
@@ -82,27 +86,34 @@ class Components:
             kept: path of a module -> indices of the components that stay, ascending.
 
         Raises:
-            PlanError: the optimizer keeps state of other shapes than its parameters; nothing is changed then.
+            PlanError: the optimizer keeps state that cannot be cut along; nothing is changed then.
         """
-        cuts: list[Cut] = []
+        self.check(kept, optimizer)
         for name, keep in kept.items():
-            index = keep.cpu().numpy().astype(np.int64)
-            layer = self.layers[name]
-            cuts.append(Cut(layer.lora_A[self.adapter], "weight", {0: index}))
-            cuts.append(Cut(layer.lora_B[self.adapter], "weight", {1: index}))
-        for cut in cuts:
-            cut.check(optimizer)
-        for cut in cuts:
-            cut.apply(optimizer)
-        for name, keep in kept.items():
+            for cut in self._cuts(name, keep.cpu().numpy().astype(np.int64)):
+                cut.apply(optimizer)
             self._tell(self.layers[name], len(keep))
         self._configure()
+
+    def check(self, names: Iterable[str], optimizer: Optimizer | None) -> None:
+        """Make sure that components of these modules can leave what the optimizer keeps.
+
+        Raises:
+            PlanError: it keeps state of other shapes than its parameters, or in packed form.
+        """
+        for name in names:
+            for cut in self._cuts(name, np.arange(0)):
+                cut.check(optimizer, REMEDY)
 
     def clear(self, gone: Mapping[str, Tensor], optimizer: Optimizer | None = None) -> None:
         """Set components to zero, with their gradients and moments, and leave the shapes.
 
         Both factors are zero then, and so are their gradients, so that no optimizer brings them back.
+
+        Raises:
+            PlanError: as for `remove`; nothing is changed then.
         """
+        self.check(gone, optimizer)
         for name, index in gone.items():
             for factor, dim in ((self.down(name), 0), (self.up(name), 1)):
                 state: Mapping[str, Any] = optimizer.state.get(factor, {}) if optimizer is not None else {}
@@ -130,7 +141,7 @@ class Components:
                 state: dict[str, Any] = optimizer.state.get(factor, {}) if optimizer is not None else {}
                 for key, value in list(state.items()):
                     if isinstance(value, Tensor) and value.shape == factor.shape:
-                        state[key] = value * (root**2 if any(word in key for word in SQUARES) else root)
+                        state[key] = value * (root**2 if _of_squares(key, optimizer) else root)
         self.set_scales(scales)
 
     def set_scales(self, scales: Mapping[str, float]) -> None:
@@ -151,6 +162,14 @@ class Components:
         if ranks.keys() != have.keys() or any(ranks[name] > have[name] for name in have):
             raise PlanError("the checkpoint is of a run with another adapter: other modules, or a larger initial rank")
         self.remove({n: torch.arange(r) for n, r in ranks.items() if r < have[n]})
+
+    def _cuts(self, name: str, keep: IndexArray) -> tuple[Cut, Cut]:
+        """Of A and of B of a module."""
+        layer = self.layers[name]
+        return (
+            Cut(layer.lora_A[self.adapter], "weight", {0: keep}),
+            Cut(layer.lora_B[self.adapter], "weight", {1: keep}),
+        )
 
     def _found(self) -> Iterator[tuple[str, LoraLayer]]:
         """Modules that hold this adapter."""
@@ -228,6 +247,12 @@ def _only_active(model: Any) -> str:
     if len(model.active_adapters) != 1:
         raise PlanError(f"adapters {', '.join(model.active_adapters)} are active: say which one to prune (adapter=...)")
     return str(model.active_adapters[0])
+
+
+def _of_squares(key: str, optimizer: Any) -> bool:
+    """Whether what an optimizer keeps under this name is an average of squares of gradients."""
+    name = getattr(getattr(optimizer, "optimizer", optimizer), "optimizer_name", None)  # accelerate wraps it
+    return any(word in key for word in SQUARES) or (key == "state1" and name in ONLY_SQUARES)
 
 
 def _alpha(scale: float, rank: int, root: bool) -> float:

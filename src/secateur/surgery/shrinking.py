@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from secateur.errors import PlanError
 from secateur.groups import Group, Member
 from secateur.importance.displacement import producers
 from secateur.importance.lora_guided import adapted_layer, factors_of
@@ -56,7 +57,8 @@ def merge_and_restart(model: nn.Module) -> None:
             continue
         (adapter,) = module.active_adapters  # type: ignore[misc]
         weight: Tensor = base_of(module).weight  # type: ignore[assignment]
-        weight.add_(module.get_delta_weight(adapter).to(weight))  # type: ignore[operator]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight.copy_(weight.to(wide) + module.get_delta_weight(adapter).to(wide))  # type: ignore[operator]
         module.lora_B[adapter].weight.zero_()  # type: ignore[index, union-attr, operator]
 
 
@@ -84,23 +86,50 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
 def _scale_rows(
     model: nn.Module, member: Member, rows: Tensor, by: Tensor, optimizer: Optimizer | None, absorb: bool
 ) -> None:
-    """Rows `rows` of a member's dimension times `by`, and those of B as `scale_units` says."""
+    """Rows `rows` of a member's dimension times `by`, and those of B as in `scale_units`; rounded once, at the end."""
     tensor = _tensor(model, member.parameter).movedim(member.dim, 0)
-    rows, by = rows.to(tensor.device), by.to(tensor.device)
-    new = tensor[rows] * by.reshape(-1, *[1] * (tensor.dim() - 1)).to(tensor)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    rows, by = rows.to(tensor.device), by.to(tensor.device, wide)
+    new = tensor[rows].to(wide) * by.reshape(-1, *[1] * (tensor.dim() - 1))
     layer: Any = adapted_layer(model, member.parameter)
     if layer is not None:
         a, b, scale = factors_of(layer)
         if absorb:
-            new = new + (scale * (b[rows] @ a) * (by != 0)[:, None]).to(new)
-        b[rows] = torch.zeros_like(b[rows]) if absorb else b[rows] * by[:, None].to(b)
+            new = new + scale * (b[rows].to(wide) @ a.to(wide)) * (by != 0)[:, None]
+        b[rows] = torch.zeros_like(b[rows]) if absorb else (b[rows].to(wide) * by[:, None]).to(b)
         _clear(optimizer, b, rows[by == 0])
-    tensor[rows] = new
+    tensor[rows] = new.to(tensor)
+
+
+def check_clearable(model: nn.Module, groups: list[Group], optimizer: Optimizer) -> None:
+    """Make sure that what the optimizer keeps of rows of B can be cleared when units of these groups are zero.
+
+    Raises:
+        PlanError: it keeps numbers that do not stand for those of B one by one.
+    """
+    for member in (m for group in groups for m in producers(group)):
+        layer: Any = adapted_layer(model, member.parameter)
+        for key, value in _kept_for(optimizer, factors_of(layer)[1]).items() if layer is not None else ():
+            if isinstance(value, Tensor) and value.dim() and not _row_by_row(value, factors_of(layer)[1]):
+                raise PlanError(
+                    f"the optimizer keeps {key} of shape {tuple(value.shape)} and {value.dtype} for a factor of shape "
+                    f"{tuple(factors_of(layer)[1].shape)}, which cannot be cleared row by row when units go: take "
+                    "another optimizer (optim='adamw_torch')"
+                )
 
 
 def _clear(optimizer: Optimizer | None, parameter: Tensor, rows: Tensor) -> None:
-    """Forget what the optimizer keeps of these rows."""
-    state = optimizer.state[parameter] if optimizer is not None and parameter in optimizer.state else {}
-    for value in state.values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value[rows] = 0
+    """Forget what the optimizer keeps of these rows; of moments stacked in front, too (AdEMAMix has two in one)."""
+    for value in _kept_for(optimizer, parameter).values():
+        if isinstance(value, Tensor) and _row_by_row(value, parameter):
+            value[..., rows, :] = 0
+
+
+def _kept_for(optimizer: Optimizer | None, parameter: Tensor) -> dict[str, Any]:
+    state: dict[str, Any] = optimizer.state[parameter] if optimizer is not None and parameter in optimizer.state else {}
+    return state
+
+
+def _row_by_row(value: Tensor, parameter: Tensor) -> bool:
+    """Whether numbers kept for a matrix are those of its rows, in one matrix or several; codes of 8 bits are not."""
+    return value.is_floating_point() and value.shape[-2:] == parameter.shape

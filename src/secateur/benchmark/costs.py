@@ -1,0 +1,100 @@
+"""What a cut saves, measured on the smaller model: multiply-accumulates, bytes, seconds. For `allocation.costs`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from secateur.benchmark.clock import now
+from secateur.benchmark.macs import count_macs, shapes_only
+from secateur.errors import BudgetError
+from secateur.groups import Groups
+from secateur.plan import PruningPlan
+from secateur.surgery import slice
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from secateur.allocation.costs import Cost, Removed
+
+What = Literal["macs", "memory", "latency"]
+REPEATS = 7
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What the model is used for.
+
+    Attributes:
+        what: `macs` of a forward pass, `memory` of weights and of the cache after it [bytes], or its `latency`
+            [seconds], the least of several.
+        batch: sequences.
+        length: tokens of each.
+    """
+
+    what: What
+    batch: int = 1
+    length: int = 128
+
+    def of(self, model: PreTrainedModel) -> float:
+        """The cost of a model.
+
+        Raises:
+            BudgetError: the model has fewer positions than the workload has tokens.
+        """
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and self.length > positions:
+            raise BudgetError(
+                f"the workload has {self.length} tokens, and the model takes {positions}: give a shorter one"
+            )
+        measures: dict[str, Callable[[PreTrainedModel], float]] = {
+            "macs": lambda m: self.batch * count_macs(m, self.length),
+            "memory": self._bytes,
+            "latency": self._seconds,
+        }
+        return measures[self.what](model)
+
+    def without(self, model: PreTrainedModel, groups: Groups) -> Cost:
+        """The costs of a model without some units, none of them measured twice."""
+        known: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}
+
+        def cost(cuts: Sequence[Removed]) -> list[float]:
+            keys = [tuple(sorted(cut.items())) for cut in cuts]
+            for key, cut in zip(keys, cuts, strict=True):
+                if key not in known:
+                    known[key] = self.of(_without(model, groups, cut) if cut else model)
+            return [known[key] for key in keys]
+
+        return cost
+
+    def _bytes(self, model: PreTrainedModel) -> float:
+        weights = sum(t.numel() * t.element_size() for t in {id(t): t for t in model.parameters()}.values())
+        with shapes_only(model) as run:
+            cache = run(self.batch, self.length, use_cache=True).past_key_values
+        layers = getattr(cache, "layers", ())
+        kept = [t for layer in layers for t in vars(layer).values() if isinstance(t, torch.Tensor)]
+        size = torch.empty((), dtype=model.dtype).element_size()
+        return float(weights + sum(t.numel() * size for t in kept))
+
+    @torch.no_grad()
+    def _seconds(self, model: PreTrainedModel) -> float:
+        ids = torch.zeros(self.batch, self.length, dtype=torch.long, device=model.device)
+        training, taken = model.training, []
+        model.eval()
+        try:
+            for _ in range(REPEATS + 1):  # the first warms up
+                begin = now(model.device)
+                model(input_ids=ids, use_cache=False)
+                taken.append(now(model.device) - begin)
+        finally:
+            model.train(training)
+        return min(taken[1:])
+
+
+def _without(model: PreTrainedModel, groups: Groups, cut: Removed) -> PreTrainedModel:
+    units = {name: groups.named(name).units for name in cut}
+    kept = {name: tuple(u for u in range(units[name]) if u not in set(gone)) for name, gone in cut.items()}
+    return slice(model, PruningPlan(kept, units), groups, reloadable=False)

@@ -1,0 +1,261 @@
+"""Ours: units by a second-order criterion, widths by a search, what stays solved again, the simplest form that is best.
+
+| step | here | from |
+| --- | --- | --- |
+| D, loss without some units of a family [nats per token] | `evaluation.cut_losses` | measured |
+| importance of units | `Taylor(order=2)`, diagonal Fisher | Ma et al. 2023, arXiv:2305.11627, Eq. 5 |
+| widths | `allocation.search` | ours; SPDY, arXiv:2201.13096, searches so for a latency |
+| W' of what stays | `compensation`, against the dense model | ours; ridge towards W |
+
+1. Discover groups. Of the calibration sequences, every eighth is set aside for step 6, and a quarter of the others
+   measures D.
+2. Score the units of all groups.
+3. Measure what every family costs alone at some of the widths that it may have, and take the widths that cost least
+   within the budget: once with the same widths in every layer, once with widths by layer.
+4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
+   by then.
+5. Cut, and solve the matrices that read what went again.
+6. Of the two, the one with the same widths is the result, since any loader takes it, unless the loss of the other is
+   lower on the sequences set aside by more than `MARGIN` and by two standard errors.
+
+Every part can be replaced or switched off: another criterion, `ranking` local or global, one form only (`uniform`), no
+compensation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocation import Budget, Measure, allocate, check_shares
+from secateur.allocation.ranking import RankingName
+from secateur.benchmark.costs import Workload
+from secateur.compensation import Compensated, Compensation, compensated
+from secateur.cutting import PruneResult, Step, cut
+from secateur.discovery import discover
+from secateur.errors import BudgetError, PlanError
+from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
+from secateur.groups import Groups
+from secateur.importance import Taylor, score
+from secateur.plan import PruningPlan
+from secateur.schedules import linear
+from secateur.surgery import expressible, mask, select
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ASIDE = 8  # one sequence of so many chooses between forms
+MEASURES = 4  # one sequence of so many of the others measures what widths cost
+NAMES = {True: "uniform", False: "per_layer"}
+MARGIN = 0.02  # nats per token, 2 % of the perplexity
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Settings of one run.
+
+    Attributes:
+        budget: what must be removed.
+        criterion, reduction: see `score`.
+        kinds: the kinds to prune; FFN channels and heads if empty.
+        ranking: `search`, or `local` or `global` as for LLM-Pruner.
+        iterations: steps over which the sparsity grows.
+        uniform: the same widths in every layer or not; None for whichever step 6 chooses.
+        compensation: None for none.
+        workload: what a budget's `cost_sparsity` is a fraction of.
+        round_to, protect_first, protect_last, protect, layer_ratios, kind_ratios: see `allocation.Limits`; those that
+            layers differ by need `uniform=False`.
+    """
+
+    budget: Budget | None
+    criterion: Any = field(default_factory=lambda: Taylor(order=2))
+    reduction: str = "sum"
+    kinds: tuple[str, ...] = ()
+    ranking: RankingName = "search"
+    iterations: int = 1
+    uniform: bool | None = None
+    compensation: Compensation | None = field(default_factory=lambda: Compensation("ridge", "dense"))
+    workload: Workload | None = None
+    round_to: int = 1
+    protect_first: int = 0
+    protect_last: int = 0
+    protect: tuple[str, ...] = ()
+    layer_ratios: Mapping[int, float] | None = None
+    kind_ratios: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_shares(self.kind_ratios)
+        if self.kinds and (others := [kind for kind in self.kind_ratios if kind not in self.kinds]):
+            raise BudgetError(f"a share is asked of {others[0]}, which is not among the kinds to prune: add it to them")
+
+
+def run(
+    model: PreTrainedModel, batches: Sequence[Tensor], settings: Auto, on_step: Step = lambda name: None
+) -> PruneResult:
+    """Prune `model`, which itself is left as it was.
+
+    Args:
+        batches: calibration token ids, each [sequences, length].
+        on_step: told the name of each step as it begins: `discover`, `score`, `allocate`, `compensate`, `cut`.
+
+    Returns:
+        The result; its `choice` has the loss of each form on the sequences set aside, and the difference with its
+        standard error, where there was a choice.
+
+    Raises:
+        PlanError: nothing of the kinds can be pruned.
+        BudgetError: the budget is out of reach.
+        NonFiniteError: a loss or score is NaN or infinite.
+    """
+    on_step("discover")
+    forms, why = _forms(settings, sum(map(len, batches)))
+    rest, aside = _apart(batches, len(forms) > 1)
+    work = _Work(model, discover(model), rest, settings, on_step)
+    found, refused = {}, {}
+    for uniform in forms:
+        try:
+            found[uniform] = work.form(uniform)
+        except (PlanError, BudgetError) as error:  # a class may be able to have one form only
+            refused[uniform] = error
+    if not found:
+        raise refused[forms[0]]
+    if len(found) == 1:
+        (uniform,) = found
+        why = why or next((f"the other form is not possible: {error}" for error in refused.values()), "")
+        return replace(found[uniform], choice={"chosen": NAMES[uniform], "why": why} if why else {})
+    on_step("choose")
+    return _better(found, aside)
+
+
+def _better(found: Mapping[bool, PruneResult], aside: Tensor) -> PruneResult:
+    """Step 6."""
+    same, free = (losses_of_rows(found[uniform].model, aside) for uniform in (True, False))
+    gain = same - free
+    error = float(gain.std()) / math.sqrt(len(gain))
+    uniform = float(gain.mean()) <= max(MARGIN, 2 * error)
+    choice = {
+        "uniform": float(same.mean()), "per_layer": float(free.mean()), "gain": float(gain.mean()),
+        "standard_error": error, "sequences": len(gain), "chosen": NAMES[uniform],
+    }  # fmt: skip
+    return replace(found[uniform], choice=choice)
+
+
+def _forms(settings: Auto, sequences: int) -> tuple[tuple[bool, ...], str]:
+    """The forms to make, uniform or not; and why it is only one of them, where that was not asked for."""
+    s = settings
+    if s.uniform is not None:
+        return (s.uniform,), ""
+    if s.protect_first or s.protect_last or s.protect or s.layer_ratios:
+        return (False,), "some layers are to be cut otherwise than the rest"
+    if sequences < 2 * ASIDE:
+        return (True,), f"{sequences} calibration sequences are too few to choose by, 2 x {ASIDE} would do (--samples)"
+    return (True, False), ""
+
+
+def _apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
+    """Sequences to work with, and those set aside for the choice between forms, if some are to be."""
+    rows = torch.cat(list(batches))
+    aside = (torch.arange(len(rows)) % ASIDE == ASIDE - 1) & some
+    return rows[~aside], rows[aside]
+
+
+class _Work:
+    """Steps 2 to 5, with what both forms share."""
+
+    def __init__(self, model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, on_step: Step) -> None:
+        self.model, self.groups, self.rows, self.settings, self.on_step = model, groups, rows, settings, on_step
+        self.cost = settings.workload.without(model, groups) if settings.workload else None
+        self.scores: dict[str, Tensor] = {}  # of the whole model
+        self.measure: Measure | None = None
+
+    def form(self, uniform: bool) -> PruneResult:
+        """The model cut to the same widths in every layer, or to widths by layer."""
+        s = self.settings
+        kinds = s.kinds or tuple(dict.fromkeys([*self.groups.kinds_in_blocks(), *s.kind_ratios]))
+        can = expressible(self.model, self.groups, kinds, uniform=uniform)
+        named = s.kinds or tuple(s.kind_ratios)
+        candidates, left_whole = select(self.model, self.groups, kinds, can, named=named, uniform=uniform)
+        plan = PruningPlan({}, {})
+        for step in range(1, s.iterations + 1):
+            with self._as_cut(plan):
+                self.on_step("score")
+                scores = self._scored(candidates, plan)
+                self.on_step("allocate")
+                plan = allocate(
+                    candidates,
+                    scores,
+                    _share(s.budget, step, s.iterations),
+                    ranking=s.ranking,
+                    uniform=uniform,
+                    round_to=s.round_to,
+                    protect_first=s.protect_first,
+                    protect_last=s.protect_last,
+                    protect=s.protect,
+                    layer_ratios=s.layer_ratios,
+                    kind_ratios={k: linear(step, s.iterations, share) for k, share in s.kind_ratios.items()},
+                    feasible=can.feasible,
+                    ties=can.ties,
+                    multiples=can.multiples,
+                    beyond=plan if plan.kept else None,
+                    measure=self._measured(candidates, plan),
+                    cost=self.cost,
+                )
+        small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
+        first = {g.name: self.scores[g.name] for g in candidates}
+        return PruneResult(small, plan, candidates, first, left_whole, done)
+
+    def _as_cut(self, plan: PruningPlan) -> AbstractContextManager[Any]:
+        """The model as a plan leaves it: compensated, masked, or whole."""
+        if not plan.kept:
+            return nullcontext()
+        if self.settings.compensation is None:
+            return mask(self.model, plan, self.groups)
+        return compensated(self.model, plan, [self.rows], self.settings.compensation, self.groups)
+
+    def _scored(self, candidates: Groups, plan: PruningPlan) -> dict[str, Tensor]:
+        """Importance in the model as it is now; units already removed rank below all others."""
+        new = [g for g in candidates if plan.kept or g.name not in self.scores]
+        scores = score(self.model, new, [self.rows], self.settings.criterion, self.settings.reduction) if new else {}
+        if not plan.kept:
+            self.scores |= scores
+            return {g.name: self.scores[g.name] for g in candidates}
+        for name in plan.kept:
+            scores[name][list(plan.removed(name))] = -1.0
+        return scores
+
+    def _measured(self, candidates: Groups, plan: PruningPlan) -> Measure | None:
+        """What a search measures with."""
+        if self.settings.ranking != "search":
+            return None
+        if plan.kept or self.measure is None:
+            measure = CutLosses(self.model, self.groups, candidates, [self.rows[::MEASURES]])
+            if plan.kept:
+                return measure
+            self.measure = measure
+        return self.measure
+
+
+def _cut(
+    model: PreTrainedModel, plan: PruningPlan, rows: Tensor, wanted: Compensation | None, groups: Groups, on_step: Step
+) -> tuple[PreTrainedModel, Sequence[Compensated]]:
+    """Step 5; where the dense model is no target, what a matrix put out is, and where nothing can be compensated (what
+    goes is read by no linear module), nothing is."""
+    forms = () if wanted is None else (wanted, replace(wanted, target="current"))
+    for form in dict.fromkeys(forms):
+        with suppress(PlanError):
+            return cut(model, plan, [rows], form, groups, on_step)
+    return cut(model, plan, [rows], None, groups, on_step)
+
+
+def _share(budget: Budget | None, step: int, steps: int) -> Budget | None:
+    """The part of the budget to be met after `step` of `steps`."""
+    if budget is None:
+        return None
+    given = {name: value for name, value in budget.as_dict().items() if value is not None}
+    return Budget(**{name: linear(step, steps, value) for name, value in given.items()})

@@ -1,0 +1,140 @@
+"""Our own method: what it measures, what it chooses between, and that it is what a plain `prune` does."""
+
+import json
+
+import pytest
+import torch
+import yaml
+import zoo
+
+from secateur.allocation import Budget
+from secateur.config import dump_recipe, parse_recipe
+from secateur.data import calibration_tokens, load_corpus
+from secateur.discovery import discover
+from secateur.errors import PlanError, RecipeError
+from secateur.evaluation import perplexity
+from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
+from secateur.importance import Taylor
+from secateur.methods import auto
+from secateur.methods.auto import Auto, run
+from secateur.methods.llm_pruner import LLMPruner
+from secateur.methods.llm_pruner import run as llm_pruner
+from secateur.plan import PruningPlan
+from secateur.surgery import mask
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer, text_file):
+    return calibration_tokens(load_corpus(text_file), tokenizer, 32, 32, 0)
+
+
+def test_losses_are_those_of_the_masked_model_and_measured_once(trained, tokens):
+    groups = discover(trained)
+    chosen = groups.only(["ffn_channel", "kv_group"])
+    measure = CutLosses(trained, groups, chosen, [tokens])
+    cuts = [{}, {chosen[0].name: (0,)}, {g.name: (0, 1) for g in chosen if g.kind == "ffn_channel"}]
+    found = measure(cuts)
+    before = {n: t.clone() for n, t in trained.state_dict().items()}
+    for cut, loss in zip(cuts, found, strict=True):
+        kept = {n: tuple(u for u in range(groups.named(n).units) if u not in units) for n, units in cut.items()}
+        with mask(trained, PruningPlan(kept, {n: groups.named(n).units for n in kept}), groups):
+            assert loss == pytest.approx(float(losses_of_rows(trained, tokens).mean()), rel=1e-5)
+    assert all(torch.equal(t, before[n]) for n, t in trained.state_dict().items())
+    measure._measured = None  # nothing is left to measure
+    assert measure(cuts) == found
+
+
+@pytest.mark.parametrize("settings", [{}, {"iterations": 2, "uniform": False}, {"uniform": True, "compensation": None}])
+def test_the_budget_is_met_and_it_is_better_than_first_order_taylor(trained, tokens, tokenizer, text_file, settings):
+    result = run(trained, [tokens], Auto(Budget(0.3), **settings))
+    channel = 3 * 3 * 48  # one FFN channel in each of three layers
+    assert abs(result.model.num_parameters() - 0.7 * trained.num_parameters()) <= channel
+    assert bool(result.choice) == (not settings)
+    text = load_corpus(text_file)
+    other = llm_pruner(trained, [tokens], LLMPruner(Budget(0.3), Taylor(order=1))).model
+    ours, theirs = (perplexity(m, tokenizer, text, seq_len=32).value for m in (result.model, other))
+    assert ours < theirs
+
+
+@pytest.mark.parametrize(
+    "gain, spread, chosen", [(0.5, 0.1, "per_layer"), (0.01, 0.0, "uniform"), (0.5, 3.0, "uniform")]
+)
+def test_widths_by_layer_must_be_surely_better(trained, tokens, monkeypatch, gain, spread, chosen):
+    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64) * spread
+    answers = [4.0 + torch.zeros(4, dtype=torch.float64), 4.0 - gain + noise]
+    monkeypatch.setattr(auto, "losses_of_rows", lambda model, rows: answers.pop(0))
+    result = run(trained, [tokens], Auto(Budget(0.2), compensation=None))
+    assert result.choice["chosen"] == chosen and result.choice["gain"] == pytest.approx(gain)
+    widths = {len(units) for name, units in result.plan.kept.items() if name.endswith("ffn_channel")}
+    assert (len(widths) == 1) == (chosen == "uniform")
+
+
+def test_where_there_is_no_choice_it_says_why(trained, tokens):
+    few = run(trained, [tokens[:8]], Auto(Budget(0.2), compensation=None))
+    assert few.choice["chosen"] == "uniform" and "8 calibration sequences" in few.choice["why"]
+    spared = run(trained, [tokens], Auto(Budget(0.2), compensation=None, protect_first=1))
+    assert spared.choice["chosen"] == "per_layer" and "some layers" in spared.choice["why"]
+    assert not any(name.startswith("model.layers.0.") for name in spared.plan.kept)
+
+
+def test_what_no_linear_module_reads_is_cut_without_compensation():
+    """Stacked experts."""
+    model = zoo.tiny_model("mixtral")
+    rows = torch.randint(3, 60, (8, 24), generator=torch.Generator().manual_seed(0))
+    result = run(model, [rows], Auto(Budget(0.1), kinds=("expert_channel",)))
+    assert not result.compensated and result.model.num_parameters() < model.num_parameters()
+
+
+def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, checkpoint_folder, text_file, tmp_path):
+    common = ["--sparsity", "0.3", "--calibration", text_file, "--samples", "16", "--seq-len", "32"]
+    code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *common)
+    assert code == 0, err
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["choice"]["sequences"] == 2 and results["compensation"] and "calibration sequences set" in printed
+    off = ["--uniform", "--ranking", "local", "--compensate", "none", "--criterion", "taylor-1"]
+    code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "b", *common, *off)
+    assert code == 0, err
+    code, printed, err = secateur(
+        "prune", checkpoint_folder, "-o", tmp_path / "c", *common, "--method", "llm-pruner"
+    )  # fmt: skip
+    assert code == 0, err
+    plans = [PruningPlan.load(tmp_path / name / "plan.json").kept for name in "bc"]
+    assert plans[0] == plans[1]
+    assert "choice" not in json.loads((tmp_path / "b" / "results.json").read_text())
+
+
+def test_a_recipe_holds_what_it_depends_on():
+    recipe = parse_recipe({"model": {"source": "demo"}, "prune": {"param_sparsity": 0.2}})
+    again = parse_recipe(yaml.safe_load(dump_recipe(recipe)))
+    assert again == recipe and recipe.method.name == "auto"
+    prune = recipe.prune
+    assert (prune.criterion, prune.ranking, prune.compensate, prune.compensate_target) == (
+        "taylor-2", "search", "ridge", "dense",
+    )  # fmt: skip
+    assert prune.form is None and prune.calibration.samples == 128
+    paper = parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"param_sparsity": 0.2}}).prune
+    assert (paper.criterion, paper.ranking, paper.compensate) == ("taylor-1", "local", "none")
+    given = parse_recipe({"model": {"source": "demo"}, "prune": {"compensate": "none", "ranking": "global"}}).prune
+    assert (given.compensate, given.compensate_target, given.ranking) == ("none", "current", "global")
+    layers = parse_recipe({"model": {"source": "demo"}, "prune": {"mode": "layer-wise", "unit_sparsity": 0.3}})
+    assert not layers.searches and layers.prune.ranking == "local"
+
+
+def test_a_search_is_for_no_other_method():
+    with pytest.raises(RecipeError, match="the ranking search is of the method auto"):
+        parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"ranking": "search"}})
+
+
+def test_a_form_that_the_class_cannot_have_is_left_out(trained, tokens, monkeypatch):
+    whole = auto._Work.form
+
+    def only(self, uniform):
+        if uniform:
+            raise PlanError("no field says so")
+        return whole(self, uniform)
+
+    monkeypatch.setattr(auto._Work, "form", only)
+    result = run(trained, [tokens], Auto(Budget(0.2), compensation=None))
+    assert result.choice == {"chosen": "per_layer", "why": "the other form is not possible: no field says so"}
+    with pytest.raises(PlanError, match="no field says so"):
+        run(trained, [tokens], Auto(Budget(0.2), uniform=True))
