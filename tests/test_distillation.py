@@ -426,4 +426,4 @@ def test_recover_from_a_teacher_that_is_named(secateur, checkpoint_folder, text_
         assert code == 2 and message in err, err
         assert not list(tmp_path.glob("no*")) and not list(tmp_path.glob(".no*")), list(tmp_path.iterdir())
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "no", "--sparsity", 0.2, "--distill")
-    assert code == 2 and "llm-pruner without --recover-steps has no use for --distill" in err
+    assert code == 2 and "without --recover-steps has no use for --distill" in err
