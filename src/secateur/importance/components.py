@@ -110,10 +110,11 @@ def greedy(problems: Sequence[Quadratic], count: int) -> list[tuple[int, float]]
         j = int(torch.where(free, costs, torch.inf).argmin())
         order.append((j, float(costs[j])))
         free[j] = False
-        for k, (gram, inverse) in enumerate(zip(grams, inverses, strict=True)):
+        for gram, inverse in zip(grams, inverses, strict=True):
             row = inverse[j] / inverse[j, j]
-            grams[k] = gram - gram[:, j, None] * row - row[:, None] * gram[j] + gram[j, j] * row[:, None] * row
-            inverses[k] = inverse - inverse[:, j, None] * row
+            half = gram[:, j] - gram[j, j] / 2 * row
+            gram.addr_(half, row, alpha=-1).addr_(row, half, alpha=-1)  # in place, as memory takes the time at rank 512
+            inverse.addr_(inverse[:, j].clone(), row, alpha=-1)
     return order
 
 
