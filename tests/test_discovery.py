@@ -14,8 +14,6 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig
 from secateur.discovery import discover
 from secateur.discovery.trace import run_trace
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 # family -> kinds that must be prunable, with units per group
 EXPECTED = {
     "llama": {"ffn_channel": 44, "kv_group": 3, "query_head": 2, "hidden": 48, "layer": 2},

@@ -21,8 +21,6 @@ from secateur.plan import PruningPlan
 from secateur.recovery.targets import not_linear, stacked_matrices
 from secateur.surgery import mask, slice
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 COMMON = {
     "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10,
     "num_experts_per_tok": 2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 256,

@@ -15,8 +15,6 @@ from secateur.errors import BudgetError
 from secateur.importance import CRITERIA, Taylor, leave_one_out, score
 from secateur.surgery import expressible, slice
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 TYPES = ["mixtral", "qwen3_moe"]
 KINDS = ["expert", "expert_channel"]
 

@@ -15,8 +15,6 @@ from secateur.errors import PlanError
 from secateur.plan import PruningPlan
 from secateur.surgery import pad, slice
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 
 def difference(model, padded):
     ids = probe_ids(model)

@@ -20,8 +20,6 @@ from secateur.modeling_per_layer import config_class, model_class
 from secateur.plan import PruningPlan
 from secateur.surgery import expressible, prove, slice
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 HEADS = ("kv_group", "query_head", "attention_head")
 DEEP = {"num_hidden_layers": 3}
 GROUPED = {**DEEP, "num_attention_heads": 12, "num_key_value_heads": 6, "head_dim": 4}

@@ -13,8 +13,6 @@ from secateur.surgery.single import LIMIT, SinglePrecision
 from secateur.surgery.slicing import cut, layer_solver
 from secateur.surgery.trial import LogitCheck, with_noise
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 
 def cut_in_double(model, kind="ffn_channel"):
     """The reference in double precision, what is kept, and the cut model."""

@@ -47,8 +47,6 @@ from secateur.errors import CheckpointError, ParityError, PlanError, StreamingEr
 from secateur.plan import PruningPlan
 from secateur.surgery import slice
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 THREE = {"num_hidden_layers": 3}
 # family -> (sizes, kinds cut to two thirds or a half, dtype)
 CASES = {

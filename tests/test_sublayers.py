@@ -26,8 +26,6 @@ from secateur.plan import PruningPlan
 from secateur.surgery import expressible, mask, prove, slice
 from secateur.surgery.attributes import cut_modules
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 # family -> what its sublayers are called
 SUBLAYERS = {
     "llama": {"self_attn", "mlp"},

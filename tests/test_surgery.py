@@ -20,8 +20,6 @@ from secateur.surgery.attributes import cut_modules
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.trial import LogitCheck
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 
 def random_plan(groups, kinds, share=0.5, seed=0, per_layer=False):
     """Keep a share of the units of every group of these kinds, others in each layer."""

@@ -11,8 +11,6 @@ from secateur.surgery import expressible
 from secateur.surgery.live import LiveModel
 from secateur.surgery.rule_cache import cache_folder
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 KINDS = ["ffn_channel", "attention_head", "kv_group", "query_head", "hidden", "layer"]
 
 

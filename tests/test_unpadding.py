@@ -12,8 +12,6 @@ from secateur.errors import PlanError
 from secateur.plan import PruningPlan
 from secateur.surgery import pad, slice, unpad
 
-pytestmark = pytest.mark.no_cover  # many types, and tracing under coverage takes twice as long
-
 
 def same_tensors(a, b):
     a, b = a.state_dict(), b.state_dict()
