@@ -199,7 +199,10 @@ def memory(found: Iterable[Data]) -> list[str]:
             if "failed" in r:
                 lines.append(f"| {r['way']} | | | | {r['failed']} |")
                 continue
-            for part in ("before", "after"):
+            for part in ("before", "between", "after"):
+                if part == "between":
+                    lines.append(f"| {r['way']} | the removal | | | {r[part]['seconds']:.3f} |")
+                    continue
                 sizes = [f"{r[part][name] / 2**20:,.0f} MiB" for name in ("state_bytes", "peak_bytes")]
                 lines.append(f"| {r['way']} | {part} | {sizes[0]} | {sizes[1]} | {r[part]['seconds']:.3f} |")
         lines.append("")

@@ -61,4 +61,4 @@ def test_what_a_large_rank_costs_falls_when_it_does(tmp_path, monkeypatch):
     assert pruned["after"]["state_bytes"] == small["after"]["state_bytes"] < large["after"]["state_bytes"] / 7
     protocol = vars(settings) | {"device": "some GPU"}
     table = prunedlora_page.memory([{"protocol": protocol, "rows": [*rows, {"way": "x", "failed": "out of memory"}]}])
-    assert "some GPU" in table[2] and "| x | | | | out of memory |" in table and len(table) == 6 + 6 + 1 + 1
+    assert "some GPU" in table[2] and "| x | | | | out of memory |" in table and len(table) == 6 + 9 + 1 + 1
