@@ -454,7 +454,7 @@ def test_a_dense_model_that_is_not_known_or_not_the_same(secateur, pruned, files
     code, _, err = secateur("recover", pruned / "small", *dynamic[:4], "--data", files[0])
     assert code == 2 and "a dynamic mix needs two sources or more" in err
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", 0.2, "--mix", "uniform")
-    assert code == 2 and "llm-pruner without --recover-steps has no use for --mix" in err
+    assert code == 2 and "auto without --recover-steps has no use for --mix" in err
     assert [f.name for f in tmp_path.iterdir()] == ["small"]
 
 
