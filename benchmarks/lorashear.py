@@ -40,6 +40,7 @@ from unittest import mock
 import torch
 import yaml
 from resumed import measured
+from untuned import settings_of_auto
 
 import secateur as sc
 from secateur.data import Corpus
@@ -138,7 +139,7 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
             samples = args.samples if name == "llm-pruner" else CALIBRATION_OF_AUTO
             tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, samples, args.seq_len, seed)
             wanted = LLMPruner(sc.Budget(sparsity), Taylor(order=1), protect=protect, uniform=not protect)
-            ours = auto.Auto(sc.Budget(sparsity), **(pruning_given if name == "auto" else {}))
+            ours = settings_of_auto(sparsity, pruning_given if name == "auto" else {})
             cut = (
                 llm_pruner(model, [tokens], wanted) if name == "llm-pruner" else auto.run(model, [tokens], ours)
             ).model

@@ -11,8 +11,8 @@ prune while they train.
 
 The learning rate of each method at each rank is the best of a few, by the loss on the validation part with seed 0:
 three neighbours on a grid, and further ones as long as the best is the last that was tried; smaller ones as long as
-every loss broke. Of the paper's forms, whose losses have no single minimum, the whole grid is tried, and smaller rates
-of their own. Rivals that prune while they train have the rate of `ours`, whose training theirs is but for the
+every loss broke. Where losses have no single minimum the whole grid is tried: of all methods on SST-2, and of the
+paper's forms, which have smaller rates of their own, too. Rivals that prune while they train have the rate of `ours`, whose training theirs is but for the
 criterion. Times are seconds of the processor,
 so that other work on the machine counts little; bytes are those of trainable parameters and the optimizer's state. Rows
 that the output holds already, from the same protocol, are not repeated.
@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,7 @@ class Comparison:
         trainings = list(self._wanted())
         alike = LIKE_OURS if self.args.seeds else {}
         rates = [self._rate(alike.get(method, method), target) for target, method in trainings]
+        self._forget_other_rates(dict(zip(trainings, rates, strict=True)))
         for seed in self.args.seeds:
             for (target, method), rate in zip(trainings, rates, strict=True):
                 if all(self._done(m, rank, seed) for rank, m in [(target, method), *self._after(method)]):
@@ -90,6 +91,16 @@ class Comparison:
 
     def _done(self, method: str, target: int, seed: int) -> bool:
         return any((r["method"], r["target_rank"], r["seed"]) == (method, target, seed) for r in self.report["rows"])
+
+    def _forget_other_rates(self, chosen: Mapping[tuple[int, str], float]) -> None:
+        """Rows of a rate that was best when fewer had been tried are measured again."""
+        rates = dict(chosen)
+        for (_, method), rate in chosen.items():
+            rates |= dict.fromkeys(self._after(method), rate)
+        self.report["rows"] = [
+            r for r in self.report["rows"]
+            if rates.get((r["target_rank"], r["method"]), r["learning_rate"]) == r["learning_rate"]
+        ]  # fmt: skip
 
     def _rows(self, method: str, target: int, seed: int, rate: float) -> list[Data]:
         model, row = self._trained(method, target, seed, rate)
@@ -122,7 +133,7 @@ class Comparison:
         found = {r["learning_rate"]: _loss(r) for r in mine if r["learning_rate"] in rates}
         while len(rates) > 1:
             middle = rates.index(min(found, key=lambda rate: (found[rate], rate))) if found else len(rates) // 2
-            wanted = rates if paper else rates[max(0, middle - 1) : middle + 2]
+            wanted = rates if paper or self.task.tokens else rates[max(0, middle - 1) : middle + 2]
             missing = [rate for rate in wanted if rate not in found]
             if not missing:
                 return rates[middle]

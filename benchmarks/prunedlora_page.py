@@ -60,6 +60,7 @@ OPTIONS = {
     "sensitivity": "AdaLoRA's sensitivity",
 }
 Data = Mapping[str, Any]
+SIZES = ("state_bytes", "peak_bytes")
 HEAD = """## PrunedLoRA beside LoRA, rsLoRA, DoRA and AdaLoRA
 
 `benchmarks/prunedlora.py`: every row fine-tunes the same model on the same examples for the same number of steps, with
@@ -199,11 +200,8 @@ def memory(found: Iterable[Data]) -> list[str]:
             if "failed" in r:
                 lines.append(f"| {r['way']} | | | | {r['failed']} |")
                 continue
-            for part in ("before", "between", "after"):
-                if part == "between":
-                    lines.append(f"| {r['way']} | the removal | | | {r[part]['seconds']:.3f} |")
-                    continue
-                sizes = [f"{r[part][name] / 2**20:,.0f} MiB" for name in ("state_bytes", "peak_bytes")]
-                lines.append(f"| {r['way']} | {part} | {sizes[0]} | {sizes[1]} | {r[part]['seconds']:.3f} |")
+            for part, told in (("before", "before"), ("between", "the removal"), ("after", "after")):
+                sizes = [f"{r[part][name] / 2**20:,.0f} MiB" if name in r[part] else "" for name in SIZES]
+                lines.append(f"| {r['way']} | {told} | {' | '.join(sizes)} | {r[part]['seconds']:.3f} |")
         lines.append("")
     return lines

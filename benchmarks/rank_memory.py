@@ -12,7 +12,7 @@ On a Llama with random weights, each way trains adapters on random tokens in a p
 `before` and `after` are the steps up to the removal and those after the one that follows it, in all three ways; `peak`
 is the model, adapter, optimizer's state and activations (see `loraprune_memory.py` for how it is taken), `state` the
 exact bytes of trainable parameters and of what the optimizer keeps of them, seconds the median of a step; `between` is
-the one step in which components leave, whose seconds are told alone.
+the one step in which components leave, whose peak and seconds are told alone.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class Watch(TrainerCallback):
         self.found: dict[str, dict[str, Any]] = {}
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.before + 1:  # the step in which the removal frees memory is of neither part
-            self.found["between"] = {"seconds": round(self.seconds[-1], 4)}
+        if state.global_step == self.before + 1:  # the step of the removal is of neither part
+            self.found["between"] = {"peak_bytes": self.meter.peak(), "seconds": round(self.seconds[-1], 4)}
             self.seconds = []
+        if state.global_step in (self.before, self.before + 1):
             self.meter.restart()
         self.begin = time.perf_counter()
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -88,12 +89,8 @@ class Case:
 
     def row_of_auto(self, method: str, given: str, sparsity: float, seed: int) -> dict[str, Any]:
         options = {k: yaml.safe_load(v) for k, v in (option.split("=") for option in given.split(",") if option)}
-        if "criterion" in options:
-            options["criterion"] = CRITERIA[options["criterion"]]
-        if options.get("compensation"):
-            options["compensation"] = Compensation("ridge", options["compensation"])
         begin = time.perf_counter()
-        found = auto.run(self.source.model, [self.tokens(seed)], auto.Auto(sc.Budget(sparsity), **options))
+        found = auto.run(self.source.model, [self.tokens(seed)], settings_of_auto(sparsity, options))
         seconds, done = time.perf_counter() - begin, found.compensated
         return {
             "method": method,
@@ -125,6 +122,17 @@ class Case:
                 "versions": {name: version(name) for name in PACKAGES},
             },
         }  # fmt: skip
+
+
+def settings_of_auto(sparsity: float, options: Mapping[str, Any]) -> auto.Auto:
+    """Settings of our method from those that a row's name has: a criterion is given by name, a compensation by what
+    it aims at."""
+    made = dict(options)
+    if "criterion" in made:
+        made["criterion"] = CRITERIA[made["criterion"]]
+    if made.get("compensation"):
+        made["compensation"] = Compensation("ridge", made["compensation"])
+    return auto.Auto(sc.Budget(sparsity), **made)
 
 
 def main() -> None:
