@@ -12,10 +12,11 @@ prune while they train.
 The learning rate of each method at each rank is the best of a few, by the loss on the validation part with seed 0:
 three neighbours on a grid, and further ones as long as the best is the last that was tried; smaller ones as long as
 every loss broke. Where losses have no single minimum the whole grid is tried: of all methods on SST-2, and of the
-paper's forms, which have smaller rates of their own, too. Rivals that prune while they train have the rate of `ours`, whose training theirs is but for the
-criterion. Times are seconds of the processor,
-so that other work on the machine counts little; bytes are those of trainable parameters and the optimizer's state. Rows
-that the output holds already, from the same protocol, are not repeated.
+paper's forms, which have smaller rates of their own, too. With `--refine` the geometric means of the best rate and its
+neighbours are tried as well. Rivals that prune while they train have the rate of `ours`, whose training theirs is but
+for the criterion. Times are seconds of the processor, so that other work on the machine counts little; bytes are those
+of trainable parameters and the optimizer's state. Rows that the output holds already, from the same protocol and at
+the rate that is chosen, are not repeated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -129,22 +130,32 @@ class Comparison:
         """The best learning rate of a method by its loss on the validation part."""
         paper = method.startswith("paper")
         rates = sorted({*self.args.learning_rates, *(self.args.paper_rates if paper else ())})
+        if len(rates) == 1:
+            return float(rates[0])
+        whole = paper or self.task.tokens is not None
+        found = {r: loss for r, loss in self._known(method, target).items() if r in rates}
+        while missing := (set(rates) if whole else _around(rates, found)) - found.keys():
+            found |= self._validated(method, target, missing)
+        if self.args.refine:
+            at = rates.index(_best(found))
+            between = {_between(*rates[i : i + 2]) for i in (at - 1, at) if 0 <= i < len(rates) - 1}
+            found |= self._validated(method, target, between)
+        return _best(found)
+
+    def _known(self, method: str, target: int) -> dict[float, float]:
+        """Rates that were tried, and the loss of each."""
         mine = [r for r in self.report["tuning"] if (r["method"], r["target_rank"]) == (method, target)]
-        found = {r["learning_rate"]: _loss(r) for r in mine if r["learning_rate"] in rates}
-        while len(rates) > 1:
-            middle = rates.index(min(found, key=lambda rate: (found[rate], rate))) if found else len(rates) // 2
-            wanted = rates if paper or self.task.tokens else rates[max(0, middle - 1) : middle + 2]
-            missing = [rate for rate in wanted if rate not in found]
-            if not missing:
-                return rates[middle]
-            for rate in missing:
-                model, row = self._trained(method, target, 0, rate)
-                row |= {} if model is None else self.task.result(model, "validation")
-                found[rate] = _loss(row)
-                self.report["tuning"].append(row)
-                print("validation", row, flush=True)
-                write_json(self.args.output, self.report)
-        return rates[0]
+        return {r["learning_rate"]: _loss(r) for r in mine}
+
+    def _validated(self, method: str, target: int, rates: set[float]) -> dict[float, float]:
+        """The loss of each rate; those that are not known are tried."""
+        for rate in sorted(rates - self._known(method, target).keys()):
+            model, row = self._trained(method, target, 0, rate)
+            row |= {} if model is None else self.task.result(model, "validation")
+            self.report["tuning"].append(row)
+            print("validation", row, flush=True)
+            write_json(self.args.output, self.report)
+        return {rate: loss for rate, loss in self._known(method, target).items() if rate in rates}
 
     def _head(self) -> Data:
         args, base = self.args, self.task.model(self.source.model)
@@ -174,6 +185,22 @@ class Comparison:
         }
 
 
+def _best(found: Mapping[float, float]) -> float:
+    """The rate of least loss, the smaller one of several."""
+    return min(found, key=lambda rate: (found[rate], rate))
+
+
+def _around(rates: Sequence[float], found: Mapping[float, float]) -> set[float]:
+    """The best rate that was found, or the middle of the grid, and its neighbours."""
+    middle = rates.index(_best(found)) if found else len(rates) // 2
+    return set(rates[max(0, middle - 1) : middle + 2])
+
+
+def _between(low: float, high: float) -> float:
+    """The geometric mean, to two digits."""
+    return float(f"{math.sqrt(low * high):.1e}")
+
+
 def _loss(row: Data) -> float:
     """Of a training on the validation part; infinite if it broke."""
     loss: float = row.get("loss", math.inf)
@@ -193,6 +220,7 @@ def main() -> None:
         "--learning-rates", nargs="*", type=float, default=RATES, help="a grid, its middle tried first; or one"
     )
     parser.add_argument("--paper-rates", nargs="*", type=float, default=PAPER_RATES, help="more, for the paper's forms")
+    parser.add_argument("--refine", action="store_true", help="try the means of the best rate and its neighbours, too")
     parser.add_argument("--initial-rank", type=int, default=64)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -65,9 +65,10 @@ HEAD = """## PrunedLoRA beside LoRA, rsLoRA, DoRA and AdaLoRA
 
 `benchmarks/prunedlora.py`: every row fine-tunes the same model on the same examples for the same number of steps, with
 an adapter on every linear module. Loss [nats] and accuracy are of held-out examples, means over seeds with the standard
-deviation. Each method has at each rank the best learning rate of a grid, by the loss on a validation part with seed 0;
-what prunes "while training" has PrunedLoRA's schedule, rate and rule for alpha, and another criterion; "afterwards" it
-is cut from what LoRA of the initial rank has learned, at once and without more training.
+deviation. Each method has at each rank the best learning rate of a grid, by the loss on a validation part with seed 0
+(on SST-2 of all seven from 3e-4 to 0.3, since losses have no single minimum there; on Alpaca half steps to both sides
+of the best count, too); what prunes "while training" has PrunedLoRA's schedule, rate and rule for alpha, and another
+criterion; "afterwards" it is cut from what LoRA of the initial rank has learned, at once and without more training.
 
 The paper form has the published criterion and its change of both factors, alpha = r at every rank, and the paper's
 pace: 2 components leave at every step from the first on, so that ranks 16, 4 and 1 are reached after 24, 30 and 32 % of
@@ -76,8 +77,10 @@ the run (in the paper's runs of 5,000 steps, 2 at every tenth bring 128, 256 and
 1e-5 to 0.3, all of them tried. The optimizer, AdamW, is that of all rows, and the runs are 50 times as short as the
 paper's.
 
-State is what the trainable parameters and the optimizer's moments take after the first and the last step; seconds and
-milliseconds per step (of the first and the last 20) are those of one processor.
+State is what the trainable parameters and the optimizer's moments take after the first and the last step: the part of
+the peak that methods differ in. The peak of the process is, for models this small, that of the libraries; where it
+counts it was measured [by itself](#what-a-large-initial-rank-costs). Seconds and milliseconds per step (of the first
+and the last 20) are those of one processor.
 """
 
 
@@ -162,8 +165,9 @@ def options(found: Iterable[Data]) -> list[str]:
         f"The same training from rank {files[0]['protocol']['settings']['initial_rank']} to {first['target_rank']}, "
         "loss on held-out examples, mean and standard deviation over "
         f"{len({r['seed'] for r in files[0]['rows']})} seeds, one setting changed at a time (what the default is, in "
-        f"brackets), all at the learning rate that is best for the default ({rates}). Where a setting changes how far "
-        "steps go, as the scale does, another rate may be better for it: the table above has the best of each.",
+        f"brackets), all at the learning rate that is best for the default on a coarse grid ({rates}). "
+        "A setting that changes how far steps go may want another rate: rows of the scale and of the paper's form say "
+        "nothing against them here, and have the best rate of each in the table above.",
         "",
         "| option | " + " | ".join(heads) + " |",
         "| --- |" + " ---: |" * len(heads),
