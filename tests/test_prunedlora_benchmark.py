@@ -45,9 +45,11 @@ def test_a_verbaliser_averages_over_positions_and_leaves_out_padding():
 def choosing(loss: Callable[[float], float], output: Path, rates: Sequence[float] = prunedlora.RATES):
     """A comparison whose trainings end at the loss of their learning rate, or break at NaN; and the rates it tries."""
     comparison = prunedlora.Comparison.__new__(prunedlora.Comparison)
-    comparison.args = Namespace(learning_rates=list(rates), paper_rates=prunedlora.PAPER_RATES, output=output)
+    comparison.args = Namespace(
+        learning_rates=list(rates), paper_rates=prunedlora.PAPER_RATES, output=output, refine=False
+    )
     comparison.report = {"tuning": []}
-    comparison.task = Namespace(result=lambda model, part: {"loss": loss(model)})
+    comparison.task = Namespace(result=lambda model, part: {"loss": loss(model)}, tokens=None)
     asked: list[float] = []
 
     def train(method: str, target: int, seed: int, rate: float):
@@ -83,6 +85,36 @@ def test_of_the_papers_forms_the_whole_grid_is_tried_and_smaller_rates(tmp_path)
     assert comparison._rate("paper-form", 4) == 1e-4
     assert sorted(asked) == sorted({*prunedlora.PAPER_RATES, *prunedlora.RATES})
     assert comparison._rate("lora", 4) == 1e-2
+
+
+def test_of_classes_the_whole_grid_is_tried(tmp_path):
+    comparison, asked = choosing(lambda rate: {3e-4: 1.0, 1e-2: 2.0}.get(rate, 3.0), tmp_path / "out.json")
+    comparison.task.tokens = (1, 2)
+    assert comparison._rate("lora", 4) == 3e-4 and sorted(asked) == sorted(prunedlora.RATES)
+
+
+@pytest.mark.parametrize(
+    "best, found, between", [(1.6e-2, 1.7e-2, [5.5e-3, 1.7e-2]), (1e-2, 1e-2, [5.5e-3, 1.7e-2]), (1.0, 0.3, [1.7e-1])]
+)
+def test_rates_between_those_of_the_grid(best, found, between, tmp_path):
+    comparison, asked = choosing(lambda rate: abs(math.log(rate / best)), tmp_path / "out.json")
+    comparison._rate("lora", 4)
+    comparison.args.refine, before = True, len(asked)
+    assert comparison._rate("lora", 4) == found and asked[before:] == between
+    assert comparison._rate("lora", 4) == found and len(asked) == before + len(between)
+
+
+def test_rows_of_another_rate_are_forgotten(tmp_path):
+    comparison, _ = choosing(lambda rate: rate, tmp_path / "out.json")
+    comparison.args.methods, comparison.args.target_ranks = ["lora-initial", "after-ours", "ours"], [4]
+    rows = [
+        {"method": method, "target_rank": rank, "learning_rate": rate}
+        for method, rank in (("ours", 4), ("after-ours", 4), ("ours", 1))
+        for rate in (0.1, 0.2)
+    ]
+    comparison.report["rows"] = rows
+    comparison._forget_other_rates({(4, "ours"): 0.1, (64, "lora-initial"): 0.2})
+    assert comparison.report["rows"] == [rows[i] for i in (0, 3, 4, 5)]
 
 
 def test_one_learning_rate_is_no_choice(tmp_path):
