@@ -7,6 +7,8 @@ from pathlib import Path
 
 from families import make
 from gguf import GGUFReader
+from peft import LoraConfig
+from safetensors.torch import load_file
 from test_stream import scattered_plan
 from transformers import AutoModelForCausalLM
 
@@ -47,6 +49,25 @@ def test_any_command_killed_while_it_writes_leaves_nothing_or_everything(checkpo
         ["prune", "--plan", plan],  # without loading the model
         ["prune", "--plan", plan, "--dtype", "float32"],
         ["recover", "--data", data, "--seq-len", "32", "--steps", "1", "--batch-size", "2", "--micro-batch-size", "2"],
+        [
+            "tune",
+            "--data",
+            data,
+            "--init-rank",
+            "4",
+            "--target-rank",
+            "2",
+            "--seq-len",
+            "32",
+            "--steps",
+            "3",
+            "--batch-size",
+            "2",
+            "--micro-batch-size",
+            "2",
+            "--text",
+            data,
+        ],
         ["export", "--to", "gguf"],
         ["export", "--to", "vllm"],
     ]
@@ -64,8 +85,10 @@ def test_any_command_killed_while_it_writes_leaves_nothing_or_everything(checkpo
 
 def check_whole(output):
     """A folder that holds what the commands write."""
-    assert json.loads((output / "results.json").read_text())["params"]
+    assert json.loads((output / "results.json").read_text())
     if (output / "model.gguf").exists():
         assert GGUFReader(output / "model.gguf").tensors
+    elif (output / "adapter_config.json").exists():
+        assert LoraConfig.from_pretrained(output).r == 2 and load_file(output / "adapter_model.safetensors")
     else:
         assert stored_tensors(output) and AutoModelForCausalLM.from_pretrained(output)

@@ -220,15 +220,16 @@ def test_removal_is_setting_to_zero(options):
 
 @pytest.mark.parametrize("scope", ["adapter", "global"])
 @pytest.mark.parametrize("keep", ["alpha", "scale"])
-@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 5}, {"use_dora": True}])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "lora_alpha": 5}, {"use_dora": True}, {"bias": "all"}])
 def test_the_saved_adapter_is_loaded_by_peft_alone(scope, keep, options, tmp_path):
-    base = make("llama").double()
+    family = "gpt2" if "bias" in options else "llama"
+    base = make(family).double()
     before = {n: t.clone() for n, t in base.state_dict().items()}
     pruning = PrunedLoRA(3, every=2, scope=scope, keep=keep)
     trainer = trained(adapted(base, **options), [pruning], tmp_path / "run")
     ranks = pruning.finish()
     trainer.save_model(str(tmp_path / "adapter"))
-    fresh = make("llama").double()
+    fresh = make(family).double()
     fresh.load_state_dict(before)
     again = PeftModel.from_pretrained(fresh, tmp_path / "adapter", autocast_adapter_dtype=False)
     wanted = logits(trainer.model)
@@ -680,7 +681,8 @@ from secateur.methods.prunedlora import PrunedLoRA
 from secateur.importance.components import ComponentCriterion
 torch.manual_seed(0)
 pruning = PrunedLoRA(3, every=2, scope="global", criterion=ComponentCriterion(sys.argv[3]))
-trainer = trained(adapted(make("llama")), [pruning], sys.argv[2], ddp_backend="gloo", per_device_train_batch_size=2)
+trainer = trained(adapted(make("llama")), [pruning], sys.argv[2], ddp_backend="gloo", per_device_train_batch_size=1,
+                  gradient_accumulation_steps=2)
 assert torch.distributed.get_world_size() == 2
 ranks = pruning.finish()
 state = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
