@@ -129,7 +129,8 @@ def settings_of_auto(sparsity: float, options: Mapping[str, Any]) -> auto.Auto:
     it aims at."""
     made = dict(options)
     if "criterion" in made:
-        made["criterion"] = CRITERIA[made["criterion"]]
+        name = made.pop("criterion")
+        made["criteria"] = {name: CRITERIA[name]}
     if made.get("compensation"):
         made["compensation"] = Compensation("ridge", made["compensation"])
     return auto.Auto(sc.Budget(sparsity), **made)

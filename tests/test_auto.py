@@ -1,6 +1,7 @@
 """Our own method: what it measures, what it chooses between, and that it is what a plain `prune` does."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +9,14 @@ import yaml
 import zoo
 
 from secateur.allocation import Budget
+from secateur.allocation.orders import cheapest_orders
 from secateur.config import dump_recipe, parse_recipe
 from secateur.data import calibration_tokens, load_corpus
 from secateur.discovery import discover
 from secateur.errors import PlanError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
-from secateur.importance import Taylor
+from secateur.importance import CRITERIA, Taylor, score
 from secateur.methods import auto
 from secateur.methods.auto import Auto, run
 from secateur.methods.llm_pruner import LLMPruner
@@ -77,6 +79,48 @@ def test_where_there_is_no_choice_it_says_why(trained, tokens):
     assert not any(name.startswith("model.layers.0.") for name in spared.plan.kept)
 
 
+def test_each_group_takes_the_criterion_whose_cuts_cost_least(trained, tokens):
+    """The order that a leave-one-out of shares finds, group by group, by brute force."""
+    groups = discover(trained).only(["ffn_channel", "kv_group"])
+    found = {name: score(trained, groups, [tokens], CRITERIA[name]) for name in ("taylor-2", "random")}
+    measure = CutLosses(trained, discover(trained), groups, [tokens])
+    by = cheapest_orders(groups, found, 0.4, measure)
+    for group in groups:
+        costs = {}
+        for name, scores in found.items():
+            order = scores[group.name].argsort(stable=True).tolist()
+            cuts = [order[: round(share * (group.units - 1))] for share in (0.2, 0.4, 0.6)]
+            costs[name] = sum(measure([{group.name: tuple(sorted(cut))} if cut else {} for cut in cuts]))
+        assert costs[by[group.name]] == min(costs.values())
+    assert set(by) == {g.name for g in groups} and "taylor-2" in by.values()
+    assert set(cheapest_orders(groups, dict.fromkeys("ab", found["random"]), 0.4, measure).values()) == {"a"}
+
+
+def test_scores_are_of_the_criterion_that_was_measured_to_cost_less(trained, tokens):
+    settings = Auto(Budget(0.3), uniform=True, compensation=None)
+    result = run(trained, [tokens], settings)
+    assert set(result.criteria) == {g.name for g in result.groups} and set(result.criteria.values()) <= set(auto.TRIED)
+    alone = {name: replace(settings, criteria={name: CRITERIA[name]}) for name in auto.TRIED}
+    alone = {name: run(trained, [tokens], one) for name, one in alone.items()}
+    for group, name in result.criteria.items():
+        assert torch.equal(result.scores[group], alone[name].scores[group])
+    with pytest.raises(PlanError, match="name one criterion"):
+        replace(settings, ranking="local")
+
+
+def test_a_criterion_that_cannot_score_these_groups_is_left_out(trained, tokens, monkeypatch):
+    def refusing(model, groups, batches, criterion, reduction):
+        if criterion == CRITERIA["gate"]:
+            raise PlanError("nothing reads them")
+        return score(model, groups, batches, criterion, reduction)
+
+    monkeypatch.setattr(auto, "score", refusing)
+    result = run(trained, [tokens], Auto(Budget(0.2), uniform=True, compensation=None))
+    assert set(result.criteria.values()) == {"taylor-2"}
+    with pytest.raises(PlanError, match="nothing reads them"):
+        run(trained, [tokens], Auto(Budget(0.2), uniform=True, criteria={"gate": CRITERIA["gate"]}))
+
+
 def test_what_no_linear_module_reads_is_cut_without_compensation():
     """Stacked experts."""
     model = zoo.tiny_model("mixtral")
@@ -91,6 +135,7 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     assert code == 0, err
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert results["choice"]["sequences"] == 2 and results["compensation"] and "calibration sequences set" in printed
+    assert set(results["criteria"].values()) <= {"taylor-2", "gate"} and "as cuts of each group alone" in printed
     off = ["--uniform", "--ranking", "local", "--compensate", "none", "--criterion", "taylor-1"]
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "b", *common, *off)
     assert code == 0, err
@@ -100,7 +145,7 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     assert code == 0, err
     plans = [PruningPlan.load(tmp_path / name / "plan.json").kept for name in "bc"]
     assert plans[0] == plans[1]
-    assert "choice" not in json.loads((tmp_path / "b" / "results.json").read_text())
+    assert not {"choice", "criteria"} & json.loads((tmp_path / "b" / "results.json").read_text()).keys()
 
 
 def test_a_recipe_holds_what_it_depends_on():
@@ -109,13 +154,14 @@ def test_a_recipe_holds_what_it_depends_on():
     assert again == recipe and recipe.method.name == "auto"
     prune = recipe.prune
     assert (prune.criterion, prune.ranking, prune.compensate, prune.compensate_target) == (
-        "taylor-2", "search", "ridge", "dense",
+        "measured", "search", "ridge", "dense",
     )  # fmt: skip
     assert prune.form is None and prune.calibration.samples == 128
     paper = parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"param_sparsity": 0.2}}).prune
     assert (paper.criterion, paper.ranking, paper.compensate) == ("taylor-1", "local", "none")
     given = parse_recipe({"model": {"source": "demo"}, "prune": {"compensate": "none", "ranking": "global"}}).prune
     assert (given.compensate, given.compensate_target, given.ranking) == ("none", "current", "global")
+    assert given.criterion == "taylor-2"
     layers = parse_recipe({"model": {"source": "demo"}, "prune": {"mode": "layer-wise", "unit_sparsity": 0.3}})
     assert not layers.searches and layers.prune.ranking == "local"
 
@@ -123,6 +169,9 @@ def test_a_recipe_holds_what_it_depends_on():
 def test_a_search_is_for_no_other_method():
     with pytest.raises(RecipeError, match="the ranking search is of the method auto"):
         parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"ranking": "search"}})
+    for more in ({"method": "llm-pruner"}, {"prune": {"ranking": "global", "criterion": "measured"}}):
+        with pytest.raises(RecipeError, match="the criterion measured is of the method auto"):
+            parse_recipe({"model": {"source": "demo"}, "prune": {"criterion": "measured"}} | more)
 
 
 def test_a_form_that_the_class_cannot_have_is_left_out(trained, tokens, monkeypatch):

@@ -31,6 +31,7 @@ class PruneResult:
         left_whole: family -> why it was not pruned although its kind was to be.
         compensated: the matrices that make up for what went.
         choice: what was tried and how it was chosen from, where a method does; see there.
+        criteria: group -> name of the criterion that its scores are of, where a method chooses one for each.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class PruneResult:
     left_whole: Mapping[str, str] = field(default_factory=dict)
     compensated: Sequence[Compensated] = ()
     choice: Mapping[str, Any] = field(default_factory=dict)
+    criteria: Mapping[str, str] = field(default_factory=dict)
 
 
 def cut(

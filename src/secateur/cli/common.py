@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,6 +84,9 @@ def print_results(results: dict[str, Any]) -> None:
     print_perplexity(results)
     if results.get("kinds"):
         print_kinds(results["kinds"])
+    if by := results.get("criteria"):
+        told = " and ".join(f"by {name} in {count} groups" for name, count in Counter(by.values()).most_common())
+        out.print(f"units: {told}, as cuts of each group alone were measured to cost least", soft_wrap=True)
     if made := results.get("compensation"):
         before, after = (sum(c[key] for c in made) / len(made) for key in ("before", "after"))
         out.print(

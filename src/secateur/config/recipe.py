@@ -68,6 +68,10 @@ class Recipe(Section):
             raise ValueError(
                 f"the ranking search is of the method auto in block-wise mode: {self.method.name} takes local or global"
             )
+        if self.prune.criterion == "measured" and not (self.searches and self.prune.ranking == "search"):
+            raise ValueError(
+                "the criterion measured is of the method auto with the ranking search, which measures: name another one"
+            )
         return self
 
     @model_validator(mode="after")

@@ -149,7 +149,17 @@ class PruneSettings(Section):
     kinds: tuple[Kind, ...] = ()
     kind_ratios: dict[Kind, Annotated[float, Field(ge=0, lt=1)]] = {}
     criterion: Literal[
-        "random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed", "gate", "gate-1", "gate-mixed"
+        "random",
+        "l1",
+        "l2",
+        "taylor-vector",
+        "taylor-1",
+        "taylor-2",
+        "taylor-mixed",
+        "gate",
+        "gate-1",
+        "gate-mixed",
+        "measured",
     ] = "taylor-1"
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     ranking: Literal["local", "global", "search"] = "local"
@@ -228,7 +238,9 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
     What a cut of whole layers or of the hidden dimension has no use for stays as LLM-Pruner has it.
     """
     blocks = prune.get("mode", "block-wise") == "block-wise"
-    defaults: dict[str, Any] = {"criterion": "taylor-2"} if "reduction" not in prune else {}
+    searches = blocks and prune.get("ranking", "search") == "search"
+    own = {"criterion": "measured" if searches else "taylor-2"}
+    defaults: dict[str, Any] = own if "reduction" not in prune else {}
     if blocks:
         defaults |= {"ranking": "search", "compensate": "ridge"}
     found = {**defaults, **prune}

@@ -4,12 +4,14 @@
 | --- | --- | --- |
 | D, loss without some units of a family [nats per token] | `evaluation.cut_losses` | measured |
 | importance of units | `Taylor(order=2)`, diagonal Fisher | Ma et al. 2023, arXiv:2305.11627, Eq. 5 |
+| | `Gate()`, Fisher of a factor on their activations | ours |
 | widths | `allocation.search` | ours; SPDY, arXiv:2201.13096, searches so for a latency |
 | W' of what stays | `compensation`, against the dense model | ours; ridge towards W |
 
 1. Discover groups. Of the calibration sequences, every eighth is set aside for step 6, and a quarter of the others
    measures D.
-2. Score the units of all groups.
+2. Score the units of all groups by both criteria, and take for each group the one by whose order cuts of it alone
+   are measured to cost less.
 3. Measure what every family costs alone at some of the widths that it may have, and take the widths that cost least
    within the budget: once with the same widths in every layer, once with widths by layer.
 4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 
 from secateur.allocation import Budget, Measure, allocate, check_shares
+from secateur.allocation.orders import cheapest_orders
 from secateur.allocation.ranking import RankingName
 from secateur.benchmark.costs import Workload
 from secateur.compensation import Compensated, Compensation, compensated
@@ -41,8 +44,8 @@ from secateur.cutting import PruneResult, Step, cut
 from secateur.discovery import discover
 from secateur.errors import BudgetError, PlanError
 from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
-from secateur.groups import Groups
-from secateur.importance import Taylor, score
+from secateur.groups import Group, Groups
+from secateur.importance import CRITERIA, score
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
 from secateur.surgery import expressible, mask, select
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
 
 ASIDE = 8  # one sequence of so many chooses between forms
 MEASURES = 4  # one sequence of so many of the others measures what widths cost
+TRIED = ("taylor-2", "gate")
 NAMES = {True: "uniform", False: "per_layer"}
 MARGIN = 0.02  # nats per token, 2 % of the perplexity
 
@@ -62,7 +66,9 @@ class Auto:
 
     Attributes:
         budget: what must be removed.
-        criterion, reduction: see `score`.
+        criteria: by name, see `score`; of several, each group takes the one that step 2 finds, for which the ranking
+            must be `search`.
+        reduction: see `score`.
         kinds: the kinds to prune; FFN channels and heads if empty.
         ranking: `search`, or `local` or `global` as for LLM-Pruner.
         iterations: steps over which the sparsity grows.
@@ -74,7 +80,7 @@ class Auto:
     """
 
     budget: Budget | None
-    criterion: Any = field(default_factory=lambda: Taylor(order=2))
+    criteria: Mapping[str, Any] = field(default_factory=lambda: {name: CRITERIA[name] for name in TRIED})
     reduction: str = "sum"
     kinds: tuple[str, ...] = ()
     ranking: RankingName = "search"
@@ -91,6 +97,8 @@ class Auto:
 
     def __post_init__(self) -> None:
         check_shares(self.kind_ratios, self.kinds)
+        if len(self.criteria) > 1 and self.ranking != "search":
+            raise PlanError(f"{', '.join(self.criteria)}: with a ranking that measures nothing, name one criterion")
 
 
 def run(
@@ -170,6 +178,7 @@ class _Work:
         self.model, self.groups, self.rows, self.settings, self.on_step = model, groups, rows, settings, on_step
         self.cost = settings.workload.without(model, groups) if settings.workload else None
         self.scores: dict[str, Tensor] = {}  # of the whole model
+        self.by: dict[str, str] = {}  # the criterion of each group there
         self.measure: Measure | None = None
 
     def form(self, uniform: bool) -> PruneResult:
@@ -183,7 +192,8 @@ class _Work:
         for step in range(1, s.iterations + 1):
             with self._as_cut(plan):
                 self.on_step("score")
-                scores = self._scored(candidates, plan)
+                measure = self._measure(candidates, plan)
+                scores = self._scored(candidates, plan, step / s.iterations, measure)
                 self.on_step("allocate")
                 plan = allocate(
                     candidates,
@@ -201,12 +211,13 @@ class _Work:
                     ties=can.ties,
                     multiples=can.multiples,
                     beyond=plan if plan.kept else None,
-                    measure=self._measured(candidates, plan),
+                    measure=measure,
                     cost=self.cost,
                 )
         small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
         first = {g.name: self.scores[g.name] for g in candidates}
-        return PruneResult(small, plan, candidates, first, left_whole, done)
+        by = {g.name: self.by[g.name] for g in candidates}
+        return PruneResult(small, plan, candidates, first, left_whole, done, criteria=by)
 
     def _as_cut(self, plan: PruningPlan) -> AbstractContextManager[Any]:
         """The model as a plan leaves it: compensated, masked, or whole."""
@@ -216,18 +227,41 @@ class _Work:
             return mask(self.model, plan, self.groups)
         return compensated(self.model, plan, [self.rows], self.settings.compensation, self.groups)
 
-    def _scored(self, candidates: Groups, plan: PruningPlan) -> dict[str, Tensor]:
-        """Importance in the model as it is now; units already removed rank below all others."""
-        new = [g for g in candidates if plan.kept or g.name not in self.scores]
-        scores = score(self.model, new, [self.rows], self.settings.criterion, self.settings.reduction) if new else {}
+    def _scored(self, candidates: Groups, plan: PruningPlan, part: float, measure: Measure | None) -> dict[str, Tensor]:
+        """Importance in the model as it is now; units already removed rank below all others.
+
+        Args:
+            part: of the budget that is to be met now.
+        """
         if not plan.kept:
-            self.scores |= scores
+            new = [g for g in candidates if g.name not in self.scores]
+            scores, by = self._best_scores(new, part, measure) if new else ({}, {})
+            self.scores, self.by = self.scores | scores, self.by | by
             return {g.name: self.scores[g.name] for g in candidates}
+        scores, _ = self._best_scores(candidates, part, measure)
         for name in plan.kept:
             scores[name][list(plan.removed(name))] = -1.0
         return scores
 
-    def _measured(self, candidates: Groups, plan: PruningPlan) -> Measure | None:
+    def _best_scores(
+        self, groups: Sequence[Group], part: float, measure: Measure | None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Step 2: importance by group, and the criterion it is of. One that cannot score these groups is left out."""
+        found, refused = {}, []
+        for name, criterion in self.settings.criteria.items():
+            try:
+                found[name] = score(self.model, groups, [self.rows], criterion, self.settings.reduction)
+            except PlanError as error:
+                refused.append(error)
+        if not found:
+            raise refused[0]
+        by = dict.fromkeys((g.name for g in groups), next(iter(found)))
+        if len(found) > 1 and measure is not None:
+            share = self.settings.budget.share if self.settings.budget else 0.5
+            by = cheapest_orders(groups, found, part * share, measure)
+        return {name: found[criterion][name] for name, criterion in by.items()}, by
+
+    def _measure(self, candidates: Groups, plan: PruningPlan) -> Measure | None:
         """What a search measures with."""
         if self.settings.ranking != "search":
             return None

@@ -211,6 +211,7 @@ def _cut(
         ours = replace(settings_of_auto(recipe.prune, recipe.seed), protect=protect)
         result = auto.run(source.model, batches, ours, clock.begin)
         results |= {"choice": dict(result.choice)} if result.choice else {}
+        results |= {"criteria": dict(result.criteria)} if len(ours.criteria) > 1 else {}
         if ours.workload:
             results["cost"] = asdict(ours.workload) | dict(result.plan.provenance["allocation"]["cost"])
     else:
@@ -251,7 +252,8 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
     """The method's settings that a recipe describes."""
     assert prune.ranking != "search"
     return llm_pruner.LLMPruner(
-        **_settings(prune, seed),
+        **_settings(prune),
+        criterion=criterion_of(prune, seed),
         ranking=prune.ranking,
         mode=prune.mode,
         uniform=prune.same_widths,
@@ -261,17 +263,23 @@ def method_settings(prune: PruneSettings, seed: int) -> llm_pruner.LLMPruner:
 
 def settings_of_auto(prune: PruneSettings, seed: int) -> auto.Auto:
     """The settings of our own method that a recipe describes."""
-    return auto.Auto(**_settings(prune, seed), ranking=prune.ranking, uniform=prune.form, workload=workload_of(prune))
+    names = auto.TRIED if prune.criterion == "measured" else (prune.criterion,)
+    return auto.Auto(
+        **_settings(prune),
+        criteria={name: criterion_of(prune.model_copy(update={"criterion": name}), seed) for name in names},
+        ranking=prune.ranking,
+        uniform=prune.form,
+        workload=workload_of(prune),
+    )
 
 
-def _settings(prune: PruneSettings, seed: int) -> dict[str, Any]:
+def _settings(prune: PruneSettings) -> dict[str, Any]:
     """What both methods know."""
     given = prune.budgets
     share = next(iter(given.values()), 0.0)
     return {
         "budget": Budget(cost_sparsity=share) if prune.counted else Budget(**given) if given else None,
         "kinds": prune.kinds or (() if given else tuple(prune.kind_ratios)),
-        "criterion": criterion_of(prune, seed),
         "reduction": prune.reduction,
         "iterations": prune.iterations,
         "round_to": prune.round_to,

@@ -164,6 +164,7 @@ def _importance(run: Run) -> Iterator[Picture]:
     panels[-1].set_xlabel("layer")
     criterion = run.cuts[-1].protocol.settings.get("criterion") if run.cuts else None
     by = f"by {criterion}" if criterion else f"by {run.method}"
+    by = "by the criterion that was measured to cost less in each group" if criterion == "measured" else by
     caption = f"Scores {by} before the first units went: the median over a layer's units, and its quartiles shaded."
     yield Picture("importance", "Importance by layer", caption, figure)
 
