@@ -9,14 +9,14 @@ same examples in the same order for the same number of steps, and is measured on
 `lora-initial` at the initial rank; `after-*` prunes what `lora-initial` trains, without training again; all others
 prune while they train.
 
-The learning rate of each method at each rank is the best of a few, by the loss on the validation part with seed 0:
-three neighbours on a grid, and further ones as long as the best is the last that was tried; smaller ones as long as
-every loss broke. Where losses have no single minimum the whole grid is tried: of all methods on SST-2, and of the
-paper's forms, which have smaller rates of their own, too. With `--refine` the geometric means of the best rate and its
-neighbours are tried as well. Rivals that prune while they train have the rate of `ours`, whose training theirs is but
-for the criterion. Times are seconds of the processor, so that other work on the machine counts little; bytes are those
-of trainable parameters and the optimizer's state. Rows that the output holds already, from the same protocol and at
-the rate that is chosen, are not repeated.
+The learning rate of each method at each rank is the best of a few, by what is measured (loss or accuracy) on the
+validation part with seed 0: three neighbours on a grid, and further ones as long as the best is the last that was
+tried; smaller ones as long as every loss broke. Where there is no single minimum the whole grid is tried: of all
+methods on SST-2, and of the paper's forms, which have smaller rates of their own, too. With `--refine` the geometric
+means of the best rate and its neighbours are tried as well. Rivals that prune while they train have the rate of `ours`,
+whose training theirs is but for the criterion. Times are seconds of the processor, so that other work on the machine
+counts little; bytes are those of trainable parameters and the optimizer's state. Rows that the output holds already,
+from the same protocol and at the rate that is chosen, are not repeated.
 """
 
 from __future__ import annotations
@@ -127,13 +127,13 @@ class Comparison:
         return model, key | facts
 
     def _rate(self, method: str, target: int) -> float:
-        """The best learning rate of a method by its loss on the validation part."""
+        """The best learning rate of a method by its error on the validation part."""
         paper = method.startswith("paper")
         rates = sorted({*self.args.learning_rates, *(self.args.paper_rates if paper else ())})
         if len(rates) == 1:
             return float(rates[0])
         whole = paper or self.task.tokens is not None
-        found = {r: loss for r, loss in self._known(method, target).items() if r in rates}
+        found = {r: error for r, error in self._known(method, target).items() if r in rates}
         while missing := (set(rates) if whole else _around(rates, found)) - found.keys():
             found |= self._validated(method, target, missing)
         if self.args.refine:
@@ -143,19 +143,19 @@ class Comparison:
         return _best(found)
 
     def _known(self, method: str, target: int) -> dict[float, float]:
-        """Rates that were tried, and the loss of each."""
+        """Rates that were tried, and the error of each."""
         mine = [r for r in self.report["tuning"] if (r["method"], r["target_rank"]) == (method, target)]
-        return {r["learning_rate"]: _loss(r) for r in mine}
+        return {r["learning_rate"]: _error(r) for r in mine}
 
     def _validated(self, method: str, target: int, rates: set[float]) -> dict[float, float]:
-        """The loss of each rate; those that are not known are tried."""
+        """The error of each rate; those that are not known are tried."""
         for rate in sorted(rates - self._known(method, target).keys()):
             model, row = self._trained(method, target, 0, rate)
             row |= {} if model is None else self.task.result(model, "validation")
             self.report["tuning"].append(row)
             print("validation", row, flush=True)
             write_json(self.args.output, self.report)
-        return {rate: loss for rate, loss in self._known(method, target).items() if rate in rates}
+        return {rate: error for rate, error in self._known(method, target).items() if rate in rates}
 
     def _head(self) -> Data:
         args, base = self.args, self.task.model(self.source.model)
@@ -186,7 +186,7 @@ class Comparison:
 
 
 def _best(found: Mapping[float, float]) -> float:
-    """The rate of least loss, the smaller one of several."""
+    """The rate of least error, the smaller one of several."""
     return min(found, key=lambda rate: (found[rate], rate))
 
 
@@ -201,10 +201,11 @@ def _between(low: float, high: float) -> float:
     return float(f"{math.sqrt(low * high):.1e}")
 
 
-def _loss(row: Data) -> float:
-    """Of a training on the validation part; infinite if it broke."""
+def _error(row: Data) -> float:
+    """Of a training on the validation part: the share that is told wrongly, or the loss; infinite if it broke."""
     loss: float = row.get("loss", math.inf)
-    return loss if math.isfinite(loss) else math.inf
+    error: float = 1 - row["accuracy"] if "accuracy" in row else loss
+    return error if math.isfinite(loss) else math.inf
 
 
 def main() -> None:

@@ -91,6 +91,9 @@ def test_of_classes_the_whole_grid_is_tried(tmp_path):
     comparison, asked = choosing(lambda rate: {3e-4: 1.0, 1e-2: 2.0}.get(rate, 3.0), tmp_path / "out.json")
     comparison.task.tokens = (1, 2)
     assert comparison._rate("lora", 4) == 3e-4 and sorted(asked) == sorted(prunedlora.RATES)
+    right = {3e-4: 0.5, 1e-2: 0.6}
+    comparison.task.result = lambda rate, part: {"loss": right.get(rate, 0.9), "accuracy": right.get(rate, 0.4)}
+    assert comparison._rate("lora", 1) == 1e-2
 
 
 @pytest.mark.parametrize(
