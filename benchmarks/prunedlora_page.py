@@ -66,8 +66,8 @@ HEAD = """## PrunedLoRA beside LoRA, rsLoRA, DoRA and AdaLoRA
 `benchmarks/prunedlora.py`: every row fine-tunes the same model on the same examples for the same number of steps, with
 an adapter on every linear module. Loss [nats] and accuracy are of held-out examples, means over seeds with the standard
 deviation. Each method has at each rank the best learning rate of a grid on a validation part with seed 0: on SST-2 by
-accuracy, of all seven from 3e-4 to 0.3, since there is no single minimum; on Alpaca by the loss, half steps to both
-sides of the best included. What prunes "while training" has PrunedLoRA's schedule, rate and rule for alpha, and another
+accuracy, of all seven from 3e-4 to 0.3, since there is no single minimum; on Alpaca by the loss (on tinystories-656k
+half steps to both sides of the best included). What prunes "while training" has PrunedLoRA's schedule, rate and rule for alpha, and another
 criterion; "afterwards" it is cut from what LoRA of the initial rank has learned, at once and without more training.
 
 The paper form has the published criterion and its change of both factors, alpha = r at every rank, and the paper's

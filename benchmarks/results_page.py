@@ -14,6 +14,7 @@ import audit_page
 import distillation_page
 import loraprune_page
 import lorashear_page
+import method_costs_page
 import prunedlora_page
 import untuned_page
 import zero_shot_page
@@ -191,6 +192,7 @@ def main() -> None:
         *leave_one_out(),
         *audit_page.audits(results("audit_*.json")),
         *untuned_page.untuned(results("untuned_*.json")),
+        *method_costs_page.costs(results("method_costs_*.json")),
         *scoring_cost(),
         *loraprune(),
         *prunedlora(),
