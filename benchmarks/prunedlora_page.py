@@ -67,8 +67,9 @@ HEAD = """## PrunedLoRA beside LoRA, rsLoRA, DoRA and AdaLoRA
 an adapter on every linear module. Loss [nats] and accuracy are of held-out examples, means over seeds with the standard
 deviation. Each method has at each rank the best learning rate of a grid on a validation part with seed 0: on SST-2 by
 accuracy, of all seven from 3e-4 to 0.3, since there is no single minimum; on Alpaca by the loss (on tinystories-656k
-half steps to both sides of the best included). What prunes "while training" has PrunedLoRA's schedule, rate and rule for alpha, and another
-criterion; "afterwards" it is cut from what LoRA of the initial rank has learned, at once and without more training.
+half steps to both sides of the best included). What prunes "while training" has PrunedLoRA's schedule, rate and rule
+for alpha, and another criterion; "afterwards" it is cut from what LoRA of the initial rank has learned, at once and
+without more training.
 
 The paper form has the published criterion and its change of both factors, alpha = r at every rank, and the paper's
 pace: 2 components leave at every step from the first on, so that ranks 16, 4 and 1 are reached after 24, 30 and 32 % of
@@ -194,8 +195,8 @@ def memory(found: Iterable[Data]) -> list[str]:
             f"`benchmarks/rank_memory.py`: a random Llama of {rows[0]['parameters']:,} parameters in {p['dtype']} on "
             f"{p['device']}, steps of {p['samples']} x {p['seq_len']} tokens, LoRA on all linear modules; `pruned` "
             f"goes from rank {p['initial_rank']} to {p['target_rank']} at once. `before` are the {p['before']} steps "
-            f"up to that, `after` the {p['after']} from the second after it. `state` is trainable parameters and the "
-            "optimizer's state, exactly; the peak counts the weights.",
+            f"up to that, `after` the {p['after']} from the second after it, seconds their median. `state` is what is "
+            "trained and the optimizer's state, exactly; the peak counts the weights.",
             "",
             "| way | part of the run | state | peak | seconds of a step |",
             "| --- | --- | ---: | ---: | ---: |",
