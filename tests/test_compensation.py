@@ -11,7 +11,7 @@ import zoo
 from transformers import AutoModelForCausalLM
 
 import secateur as sc
-from secateur.compensation import ALONE, STRENGTHS, Compensation, Moments, compensated
+from secateur.compensation import ALONE, STRENGTHS, Compensation, Moments, Reader, compensated
 from secateur.discovery import discover
 from secateur.errors import PlanError
 from secateur.methods.llm_pruner import LLMPruner, run
@@ -43,8 +43,9 @@ def test_the_answer_is_damped_least_squares():
     torch.manual_seed(0)
     x, y, dense = torch.randn(200, 12).double(), torch.randn(200, 12).double(), torch.randn(7, 12).double()
     keep = torch.arange(12) < 8
-    reader = object.__new__(__import__("secateur.compensation", fromlist=["Reader"]).Reader)
-    reader.keep, reader._dense, reader.transposed = keep, dense, False
+    module = torch.nn.Linear(12, 7, bias=False).double()
+    module.weight.data.copy_(dense)
+    reader = Reader("", module, keep)
     for target in (x, y):
         moments = Moments(x.T @ x, target.T @ x, target.T @ target, x.mean(0), 200)
         for strength in STRENGTHS[:-1]:

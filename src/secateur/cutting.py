@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from secateur.compensation import Compensated, Compensation, compensated
+from secateur.compensation import Compensated, Compensation, compensate_sliced, compensated, cuts_hidden
+from secateur.discovery import discover
 from secateur.groups import Groups
 from secateur.plan import PruningPlan
 from secateur.surgery import slice
@@ -52,10 +53,20 @@ def cut(
     groups: Groups | None = None,
     on_step: Step = lambda name: None,
 ) -> tuple[PreTrainedModel, Sequence[Compensated]]:
-    """The model without the units that a plan removes, compensated or not; `model` is left as it was."""
+    """The model without the units that a plan removes, compensated or not; `model` is left as it was.
+
+    If the plan cuts the hidden dimension, matrices are solved for the target `dense` in the cut model, those that read
+    that dimension among them; all else is solved in `model` before it is cut, where they stay as they are.
+    """
     if compensation is None:
         on_step("cut")
         return slice(model, plan, groups), ()
+    groups = groups or discover(model)
+    if compensation == Compensation("ridge", "dense") and cuts_hidden(plan, groups):
+        on_step("cut")
+        small = slice(model, plan, groups)
+        on_step("compensate")
+        return small, compensate_sliced(small, model, plan, batches, groups)
     on_step("compensate")
     with compensated(model, plan, batches, compensation, groups) as done:
         on_step("cut")

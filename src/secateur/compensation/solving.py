@@ -1,0 +1,152 @@
+"""One matrix solved again: sums over tokens, damped least squares, how much damping, and what it still errs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from secateur.readers import input_dim
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, math.inf)
+ALONE = 1e-2  # where there is no sequence to choose by
+
+
+@dataclass(frozen=True)
+class Compensation:
+    """How to compensate.
+
+    Attributes:
+        form: `ridge` changes the columns that stay, `bias` only the bias.
+        target: what a module is to put out: what it put out before with inputs as they are now (`current`), or what the
+            dense model's module puts out (`dense`, twice the time). Matrices that read the hidden dimension are solved
+            for `dense` alone.
+    """
+
+    form: Literal["ridge", "bias"] = "ridge"
+    target: Literal["current", "dense"] = "current"
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """What was done to one module.
+
+    Attributes:
+        module: its path.
+        strength: lambda; infinite where no change errs least, None for a bias.
+        before, after: squared error of its results, relative to the results' squares, without and with compensation;
+            on the sequences that chose lambda, or on all where there are none such.
+    """
+
+    module: str
+    strength: float | None
+    before: float
+    after: float
+
+
+class Reader:
+    """A linear module that reads units, some of which go.
+
+    Attributes:
+        path: of the module.
+        module: itself.
+        keep: which of its inputs stay [in].
+        target: the matrix whose results with inputs y [tokens, n] are wanted [out, n]; its own if not set.
+    """
+
+    def __init__(self, path: str, module: nn.Module, keep: Tensor) -> None:
+        self.path, self.module, self.keep = path, module, keep
+        self.transposed = input_dim(module) == 0
+        self._dense: Tensor = module.weight.detach().clone()  # type: ignore[operator]
+        bias = getattr(module, "bias", None)
+        self._bias = bias.detach().clone() if bias is not None else None
+        self.target = self.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix before compensation [out, in]."""
+        return self._dense.T if self.transposed else self._dense
+
+    def restore(self) -> None:
+        """Put the matrix and bias from before compensation back."""
+        self._put(self.weight, self._bias)
+
+    def solve(self, fit: Moments, check: Moments | None, how: Compensation) -> Compensated:
+        """Change the module; what it errs is told."""
+        whole = fit if check is None else fit + check
+        dense, plain = self.target.double(), self.weight.double() * self.keep.to(self.weight.device)
+        if how.form == "bias":
+            assert self._bias is not None
+            lost = (dense - plain) @ whole.mean.double()
+            self._put(plain, self._bias.double() + lost)
+            return Compensated(self.path, None, whole.error(dense, plain), whole.error(dense, plain, lost))
+        judge = whole if check is None else check
+        answers = {s: judge.error(dense, self._ridge(fit, s)) for s in (STRENGTHS if check else (ALONE,))}
+        strength = min(answers, key=lambda s: answers[s])
+        self._put(self._ridge(whole, strength), self._bias)
+        return Compensated(self.path, strength, judge.error(dense, plain), answers[strength])
+
+    def _ridge(self, moments: Moments, strength: float) -> Tensor:
+        """The matrix [out, in], zero in columns that go."""
+        plain = self.weight.double()
+        keep = self.keep.nonzero().squeeze(1).to(plain.device)
+        answer = torch.zeros_like(plain)
+        answer[:, keep] = plain[:, keep]
+        if math.isinf(strength) or not len(keep):
+            return answer
+        own = moments.own.double()[keep][:, keep]
+        scale = float(own.diagonal().mean())
+        if scale <= 0:  # the text never gets here
+            return answer
+        missing = self.target.double() @ moments.cross.double()[:, keep] - plain[:, keep] @ own
+        own.diagonal().add_(strength * scale)
+        answer[:, keep] += torch.cholesky_solve(missing.T, torch.linalg.cholesky(own)).T
+        return answer
+
+    @torch.no_grad()
+    def _put(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.module.weight.copy_(weight.T if self.transposed else weight)  # type: ignore[operator]
+        if bias is not None:
+            self.module.bias.copy_(bias)  # type: ignore[operator]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over tokens: of the inputs x that a module has, and of those y that its results are to be made from.
+
+    Attributes:
+        own: sum of x x' [in, in].
+        cross: sum of y x' [n, in]; for the target `current` y is x.
+        wanted: sum of y y' [n, n].
+        mean: of x [in].
+        tokens: how many.
+    """
+
+    own: Tensor
+    cross: Tensor
+    wanted: Tensor
+    mean: Tensor
+    tokens: int
+
+    def __add__(self, other: Moments) -> Moments:
+        tokens = self.tokens + other.tokens
+        mean = (self.mean * self.tokens + other.mean * other.tokens) / max(1, tokens)
+        return Moments(self.own + other.own, self.cross + other.cross, self.wanted + other.wanted, mean, tokens)
+
+    def error(self, dense: Tensor, answer: Tensor, shift: Tensor | None = None) -> float:
+        """Sum of (W y - W' x - shift)^2 over the sum of (W y)^2.
+
+        Args:
+            dense: W [out, n].
+            answer: W' [out, in].
+            shift: added to the results, for inputs y = x [out].
+        """
+        own, cross, wanted = self.own.double(), self.cross.double(), self.wanted.double()
+        size = float(((dense @ wanted) * dense).sum())
+        left = size - 2 * float(((dense @ cross) * answer).sum()) + float(((answer @ own) * answer).sum())
+        if shift is not None:
+            left += self.tokens * float(shift @ shift - 2 * shift @ ((dense - answer) @ self.mean.double()))
+        return max(0.0, left) / size if size > 0 else 0.0
