@@ -14,6 +14,7 @@ from torch import Tensor
 
 from secateur.compensation.passes import in_order, inputs, moments, reading
 from secateur.compensation.solving import Compensated, Compensation, Reader
+from secateur.errors import PlanError
 from secateur.groups import Groups
 from secateur.plan import PruningPlan
 from secateur.readers import input_dim
@@ -48,6 +49,8 @@ def compensate_sliced(
     """
     how = Compensation("ridge", "dense")
     pairs = _Pairs(small, dense, plan, groups, how)
+    if not pairs.paths:
+        raise PlanError("nothing to compensate: what reads what goes is tied to other modules (--compensate)")
     training, done = (small.training, dense.training), []
     small.eval()
     dense.eval()
