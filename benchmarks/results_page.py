@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import audit_page
+import beyond_half_page
 import distillation_page
 import loraprune_page
 import lorashear_page
@@ -193,6 +194,7 @@ def main() -> None:
         *audit_page.audits(results("audit_*.json")),
         *untuned_page.untuned(results("untuned_*.json")),
         *method_costs_page.costs(results("method_costs_*.json")),
+        *beyond_half_page.beyond_half(results("beyond_half_*.json")),
         *scoring_cost(),
         *loraprune(),
         *prunedlora(),
