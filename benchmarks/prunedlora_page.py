@@ -19,6 +19,8 @@ NAMES = {
     "scale": "PrunedLoRA, the scale kept",
     "pace": "PrunedLoRA, the paper's pace",
     "scale-pace": "PrunedLoRA, the scale kept, the paper's pace",
+    "masks": "PrunedLoRA, what stays does not change",
+    "scale-pace-masks": "PrunedLoRA, the scale kept, the paper's pace, what stays does not change",
     "magnitude": "magnitude, while training",
     "taylor": "LLM-Pruner-like, while training",
     "activation": "SparseGPT-like, while training",
@@ -78,9 +80,9 @@ the run (in the paper's runs of 5,000 steps, 2 at every tenth bring 128, 256 and
 1e-5 to 0.3, all of them tried. The optimizer, AdamW, is that of all rows, and the runs are 50 times as short as the
 paper's.
 
-State is what the trainable parameters and the optimizer's moments take after the first and the last step: the part of
-the peak that methods differ in. The peak of the process is, for models this small, that of the libraries; where it
-counts it was measured [by itself](#what-a-large-initial-rank-costs). Seconds and milliseconds per step (of the first
+State is what the trainable parameters and the optimizer's moments take after the first and the last step. The peak of
+the process is, for models this small, that of the libraries; on a larger one it was measured
+[by itself](#what-a-large-initial-rank-costs). Seconds and milliseconds per step (of the first
 and the last 20) are those of one processor.
 """
 

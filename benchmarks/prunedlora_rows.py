@@ -55,6 +55,7 @@ FORMS: Mapping[str, Mapping[str, Any]] = {  # settings that differ from ours
     "single": {"criterion": replace(OURS, joint=False)},
     "unbalanced": {"criterion": replace(OURS, balance=False)},
     "masks": {"criterion": replace(OURS, recover=False)},
+    "scale-pace-masks": {"criterion": replace(OURS, recover=False), "keep": "scale", **PACE},
     "undamped": {"criterion": replace(OURS, damping=1e-4)},
     "damped": {"criterion": replace(OURS, damping=0.1)},
     "damped-whole": {"criterion": replace(OURS, damping=1.0)},

@@ -8,6 +8,8 @@ On a Llama with random weights, each way trains adapters on random tokens in a p
     large   LoRA of the initial rank
     pruned  PrunedLoRA from the initial rank to the target rank, all at once after `--before` steps
     small   LoRA of the target rank
+    dora    DoRA of the target rank
+    adalora AdaLoRA from one and a half times the target rank, as in its paper
 
 `before` and `after` are the steps up to the removal and those after the one that follows it, in all three ways; `peak`
 is the model, adapter, optimizer's state and activations (see `loraprune_memory.py` for how it is taken), `state` the
@@ -30,14 +32,14 @@ import torch
 from datasets import Dataset
 from loraprune_memory import SHAPES, Meter, out_of_the_file
 from own_process import figures_of, passed_on
-from peft import LoraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
 import secateur as sc
 from secateur.checkpoint import load
 from secateur.pipeline import PACKAGES, write_json
 
-WAYS = ("large", "pruned", "small")
+WAYS = ("large", "pruned", "small", "dora", "adalora")
 PASSED_ON = ("dtype", "device", "samples", "seq_len", "initial_rank", "target_rank", "before", "after")
 
 
@@ -75,10 +77,8 @@ def one_way(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     model: Any = load(folder, dtype=args.dtype, device=args.device).model
     if args.device == "cpu":
         out_of_the_file(model)
-    rank = args.target_rank if way == "small" else args.initial_rank
-    adapted: Any = get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    )
+    rank = args.initial_rank if way in ("large", "pruned") else args.target_rank
+    adapted: Any = get_peft_model(model, adapter_of(way, rank, args.before + 1 + args.after))
     steps = args.before + 1 + args.after
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(1000, (steps * args.samples, args.seq_len), generator=generator).tolist()
@@ -94,6 +94,15 @@ def one_way(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         data = Dataset.from_list([{"input_ids": row, "labels": row} for row in ids])
         Trainer(adapted, arguments, train_dataset=data, callbacks=[*pruning, watch]).train()
     return {"way": way, "initial_rank": rank, **watch.found}
+
+
+def adapter_of(way: str, rank: int, steps: int) -> LoraConfig:
+    """The configuration of the adapter that a way starts from; AdaLoRA keeps its initial rank for all steps."""
+    common: dict[str, Any] = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    if way == "adalora":
+        first = 3 * rank // 2
+        return AdaLoraConfig(init_r=first, target_r=rank, lora_alpha=first, total_step=steps + 1, tinit=steps, **common)
+    return LoraConfig(r=rank, lora_alpha=rank, use_dora=way == "dora", **common)
 
 
 def in_own_process(way: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zoo
 from datasets import Dataset
 from families import make
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -21,6 +22,7 @@ import secateur as sc
 from secateur.discovery.trace import probe_ids
 from secateur.errors import BudgetError, CheckpointError, NonFiniteError, PlanError
 from secateur.importance.components import ComponentCriterion, Pair, Quadratic, greedy
+from secateur.methods import prunedlora
 from secateur.methods.prunedlora import PAPER, STATE, PrunedLoRA, prune_adapter
 from secateur.surgery.component_pruning import Pruner
 from secateur.surgery.rank_schedule import PrunedLoRASettings
@@ -376,6 +378,18 @@ def test_bfloat16_and_gradient_checkpointing(tmp_path):
     assert set(pruning.finish().values()) == {2}
 
 
+def test_steps_that_overflow_are_left_out(tmp_path, monkeypatch):
+    """A scaler of float16 skips them: their gradients are no numbers, and nothing leaves at one of them."""
+    steps = iter(range(1, 100))
+    monkeypatch.setattr(prunedlora, "unscaled", lambda optimizer: next(steps) not in (2, 3))
+    seen = []
+    monkeypatch.setattr(Pruner, "observe", lambda self, whole=Pruner.observe: (seen.append(1), whole(self)))
+    pruning = PrunedLoRA(6, every=2, components=1)
+    trained(adapted(make("llama")), [pruning], tmp_path)
+    assert [(row["step"], row["mean"]) for row in pruning.history] == [(0, 8), (4, 6)]
+    assert len(seen) == 2  # at 1 and 4, which makes up for 2
+
+
 def test_only_the_named_adapter_of_two(tmp_path):
     model = adapted(make("llama"))
     model.add_adapter("other", LoraConfig(r=5, target_modules=["up_proj"], task_type="CAUSAL_LM"))
@@ -495,6 +509,23 @@ class TestRefusals:
     def test_embeddings(self):
         with pytest.raises(PlanError, match="leave it out of target_modules"):
             PrunedLoRA(2).prepare(adapted(make("llama"), target_modules=["embed_tokens", "up_proj"]))
+
+    def test_convolutions(self):
+        with pytest.raises(PlanError, match="leave it out of target_modules"):
+            PrunedLoRA(2).prepare(
+                get_peft_model(torch.nn.Sequential(torch.nn.Conv1d(8, 8, 3)), LoraConfig(r=4, target_modules=["0"]))
+            )
+
+    def test_stacked_parameters(self):
+        stacked = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"], "lora_dropout": 0.0}
+        with pytest.raises(PlanError, match="target_parameters"):
+            PrunedLoRA(2).prepare(adapted(zoo.tiny_model("mixtral"), **stacked))
+
+    @pytest.mark.parametrize("what", ["fsdp", "deepspeed", "load_best_model_at_end"])
+    def test_training_that_keeps_parts_or_goes_back(self, what):
+        arguments = SimpleNamespace(**{what: "on", "world_size": 1, "max_steps": 10})
+        with pytest.raises(PlanError, match=f"{what} does not go with components that leave"):
+            PrunedLoRA(2).on_train_begin(arguments, SimpleNamespace(global_step=0), None, model=adapted(make("llama")))
 
     def test_other_kinds(self):
         from peft import AdaLoraConfig
