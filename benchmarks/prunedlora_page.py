@@ -28,6 +28,7 @@ NAMES = {
     "after-taylor": "LLM-Pruner-like, afterwards",
     "after-activation": "SparseGPT-like, afterwards",
     "after-ours": "PrunedLoRA's criterion, afterwards",
+    "after-masks": "PrunedLoRA's criterion, afterwards, what stays does not change",
 }
 OPTIONS = {
     "ours": "as it is",
