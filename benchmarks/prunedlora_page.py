@@ -208,7 +208,7 @@ def memory(found: Iterable[Data]) -> list[str]:
             if "failed" in r:
                 lines.append(f"| {r['way']} | | | | {r['failed']} |")
                 continue
-            for part, told in (("before", "before"), ("between", "the removal"), ("after", "after")):
+            for part, told in (("before", "before"), ("between", "the step of the removal"), ("after", "after")):
                 sizes = [f"{r[part][name] / 2**20:,.0f} MiB" if name in r[part] else "" for name in SIZES]
                 lines.append(f"| {r['way']} | {told} | {' | '.join(sizes)} | {r[part]['seconds']:.3f} |")
         lines.append("")
