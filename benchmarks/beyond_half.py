@@ -43,7 +43,7 @@ import secateur as sc
 from secateur.data import Corpus
 from secateur.discovery import discover
 from secateur.errors import BudgetError, NonFiniteError, PlanError
-from secateur.importance import CRITERIA, Taylor
+from secateur.importance import Taylor
 from secateur.methods import auto
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
@@ -100,8 +100,8 @@ class Case:
         kinds = self.kinds if hidden else ()
         if method.startswith("taylor-1"):
             return llm_pruner(self.model, batches, LLMPruner(budget, Taylor(order=1), kinds=kinds)).model
-        one = {"criteria": {"taylor-2": CRITERIA["taylor-2"]}, "ranking": "local", "uniform": True}
-        return auto.run(self.model, batches, auto.Auto(budget, kinds=kinds, **(one if hidden else {}))).model
+        ours = auto.Auto(budget, kinds=kinds, ranking="local", uniform=True) if hidden else auto.Auto(budget)
+        return auto.run(self.model, batches, ours).model
 
     def masked(self, method: str, sparsity: float, seed: int) -> tuple[Any, Masks]:
         """A copy of the model with zeros in it, and where."""

@@ -130,7 +130,7 @@ def settings_of_auto(sparsity: float, options: Mapping[str, Any]) -> auto.Auto:
     made = dict(options)
     if "criterion" in made:
         name = made.pop("criterion")
-        made["criteria"] = {name: CRITERIA[name]}
+        made["criteria"] = {one: CRITERIA[one] for one in (auto.TRIED if name == "measured" else (name,))}
     if made.get("compensation"):
         made["compensation"] = Compensation("ridge", made["compensation"])
     return auto.Auto(sc.Budget(sparsity), **made)

@@ -97,7 +97,8 @@ def test_each_group_takes_the_criterion_whose_cuts_cost_least(trained, tokens):
 
 
 def test_scores_are_of_the_criterion_that_was_measured_to_cost_less(trained, tokens):
-    settings = Auto(Budget(0.3), uniform=True, compensation=None)
+    both = {name: CRITERIA[name] for name in auto.TRIED}
+    settings = Auto(Budget(0.3), criteria=both, uniform=True, compensation=None)
     result = run(trained, [tokens], settings)
     assert set(result.criteria) == {g.name for g in result.groups} and set(result.criteria.values()) <= set(auto.TRIED)
     alone = {name: replace(settings, criteria={name: CRITERIA[name]}) for name in auto.TRIED}
@@ -115,7 +116,8 @@ def test_a_criterion_that_cannot_score_these_groups_is_left_out(trained, tokens,
         return score(model, groups, batches, criterion, reduction)
 
     monkeypatch.setattr(auto, "score", refusing)
-    result = run(trained, [tokens], Auto(Budget(0.2), uniform=True, compensation=None))
+    both = {name: CRITERIA[name] for name in auto.TRIED}
+    result = run(trained, [tokens], Auto(Budget(0.2), criteria=both, uniform=True, compensation=None))
     assert set(result.criteria.values()) == {"taylor-2"}
     with pytest.raises(PlanError, match="nothing reads them"):
         run(trained, [tokens], Auto(Budget(0.2), uniform=True, criteria={"gate": CRITERIA["gate"]}))
@@ -134,8 +136,8 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *common)
     assert code == 0, err
     results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert "criteria" not in results
     assert results["choice"]["sequences"] == 2 and results["compensation"] and "calibration sequences set" in printed
-    assert set(results["criteria"].values()) <= {"taylor-2", "gate"} and "as cuts of each group alone" in printed
     off = ["--uniform", "--ranking", "local", "--compensate", "none", "--criterion", "taylor-1"]
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "b", *common, *off)
     assert code == 0, err
@@ -148,20 +150,27 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     assert not {"choice", "criteria"} & json.loads((tmp_path / "b" / "results.json").read_text()).keys()
 
 
+def test_criteria_by_measurement_on_the_command_line(secateur, checkpoint_folder, text_file, tmp_path):
+    more = ["--sparsity", "0.3", "--calibration", text_file, "--samples", "8", "--seq-len", "32", "--uniform"]
+    code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *more, "--criterion", "measured")
+    assert code == 0, err
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert set(results["criteria"].values()) <= {"taylor-2", "gate"} and "as cuts of each group alone" in printed
+
+
 def test_a_recipe_holds_what_it_depends_on():
     recipe = parse_recipe({"model": {"source": "demo"}, "prune": {"param_sparsity": 0.2}})
     again = parse_recipe(yaml.safe_load(dump_recipe(recipe)))
     assert again == recipe and recipe.method.name == "auto"
     prune = recipe.prune
     assert (prune.criterion, prune.ranking, prune.compensate, prune.compensate_target) == (
-        "measured", "search", "ridge", "dense",
+        "taylor-2", "search", "ridge", "dense",
     )  # fmt: skip
     assert prune.form is None and prune.calibration.samples == 128
     paper = parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"param_sparsity": 0.2}}).prune
     assert (paper.criterion, paper.ranking, paper.compensate) == ("taylor-1", "local", "none")
     given = parse_recipe({"model": {"source": "demo"}, "prune": {"compensate": "none", "ranking": "global"}}).prune
     assert (given.compensate, given.compensate_target, given.ranking) == ("none", "current", "global")
-    assert given.criterion == "taylor-2"
     layers = parse_recipe({"model": {"source": "demo"}, "prune": {"mode": "layer-wise", "unit_sparsity": 0.3}})
     assert not layers.searches and layers.prune.ranking == "local"
 

@@ -238,9 +238,7 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
     What a cut of whole layers or of the hidden dimension has no use for stays as LLM-Pruner has it.
     """
     blocks = prune.get("mode", "block-wise") == "block-wise"
-    searches = blocks and prune.get("ranking", "search") == "search"
-    own = {"criterion": "measured" if searches else "taylor-2"}
-    defaults: dict[str, Any] = own if "reduction" not in prune else {}
+    defaults: dict[str, Any] = {"criterion": "taylor-2"} if "reduction" not in prune else {}
     if blocks:
         defaults |= {"ranking": "search", "compensate": "ridge"}
     found = {**defaults, **prune}

@@ -4,14 +4,13 @@
 | --- | --- | --- |
 | D, loss without some units of a family [nats per token] | `evaluation.cut_losses` | measured |
 | importance of units | `Taylor(order=2)`, diagonal Fisher | Ma et al. 2023, arXiv:2305.11627, Eq. 5 |
-| | `Gate()`, Fisher of a factor on their activations | ours |
 | widths | `allocation.search` | ours; SPDY, arXiv:2201.13096, searches so for a latency |
 | W' of what stays | `compensation`, against the dense model | ours; ridge towards W |
 
 1. Discover groups. Of the calibration sequences, every eighth is set aside for step 6, and a quarter of the others
    measures D.
-2. Score the units of all groups by both criteria, and take for each group the one by whose order cuts of it alone
-   are measured to cost less.
+2. Score the units of all groups. Of several criteria each group takes the one by whose order cuts of it alone are
+   measured to cost less.
 3. Measure what every family costs alone at some of the widths that it may have, and take the widths that cost least
    within the budget: once with the same widths in every layer, once with widths by layer.
 4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
@@ -55,7 +54,7 @@ if TYPE_CHECKING:
 
 ASIDE = 8  # one sequence of so many chooses between forms
 MEASURES = 4  # one sequence of so many of the others measures what widths cost
-TRIED = ("taylor-2", "gate")
+TRIED = ("taylor-2", "gate")  # what `measured` chooses from
 NAMES = {True: "uniform", False: "per_layer"}
 MARGIN = 0.02  # nats per token, 2 % of the perplexity
 
@@ -80,7 +79,7 @@ class Auto:
     """
 
     budget: Budget | None
-    criteria: Mapping[str, Any] = field(default_factory=lambda: {name: CRITERIA[name] for name in TRIED})
+    criteria: Mapping[str, Any] = field(default_factory=lambda: {"taylor-2": CRITERIA["taylor-2"]})
     reduction: str = "sum"
     kinds: tuple[str, ...] = ()
     ranking: RankingName = "search"
