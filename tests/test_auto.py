@@ -181,6 +181,8 @@ def test_a_search_is_for_no_other_method():
     for more in ({"method": "llm-pruner"}, {"prune": {"ranking": "global", "criterion": "measured"}}):
         with pytest.raises(RecipeError, match="the criterion measured is of the method auto"):
             parse_recipe({"model": {"source": "demo"}, "prune": {"criterion": "measured"}} | more)
+    with pytest.raises(RecipeError, match="recipe: prune: .*leave out the reduction mean"):
+        parse_recipe({"model": {"source": "demo"}, "prune": {"criterion": "measured", "reduction": "mean"}})
 
 
 def test_a_form_that_the_class_cannot_have_is_left_out(trained, tokens, monkeypatch):

@@ -127,12 +127,12 @@ def parse_recipe(data: Any, origin: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(data)
     except ValidationError as error:
-        lines = [f"{origin}: {_place(e['loc'])}: {_message(e)}" for e in error.errors()]
+        lines = [f"{origin}: {_place(e['loc'])}{_message(e)}" for e in error.errors()]
         raise RecipeError("\n".join(lines)) from error
 
 
 def _place(location: Sequence[Any]) -> str:
-    return ".".join(str(part) for part in location) or "recipe"
+    return "".join([".".join(str(part) for part in location), ": "] if location else [])
 
 
 def _message(error: Mapping[str, Any]) -> str:

@@ -215,7 +215,7 @@ class PruneSettings(Section):
 
     @model_validator(mode="after")
     def _gates_as_a_whole(self) -> PruneSettings:
-        if self.criterion.startswith("gate") and self.reduction != "sum":
+        if self.criterion.startswith(("gate", "measured")) and self.reduction != "sum":
             raise ValueError(f"{self.criterion} scores units as a whole: leave out the reduction {self.reduction}")
         return self
 
