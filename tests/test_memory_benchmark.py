@@ -55,10 +55,11 @@ def test_what_a_large_rank_costs_falls_when_it_does(tmp_path, monkeypatch):
     for name in ("now", "restart", "peak"):  # of a process of its own
         monkeypatch.setattr(loraprune_memory.Meter, name, lambda self: 1)
     rows = rank_memory.measure(settings)
-    large, pruned, small = rows
+    large, pruned, small, dora, adalora = rows
     assert not list(tmp_path.iterdir())
     assert pruned["before"]["state_bytes"] == large["before"]["state_bytes"] == large["after"]["state_bytes"]
     assert pruned["after"]["state_bytes"] == small["after"]["state_bytes"] < large["after"]["state_bytes"] / 7
+    assert all(small["after"]["state_bytes"] < row["after"]["state_bytes"] for row in (dora, adalora))
     protocol = vars(settings) | {"device": "some GPU"}
     table = prunedlora_page.memory([{"protocol": protocol, "rows": [*rows, {"way": "x", "failed": "out of memory"}]}])
-    assert "some GPU" in table[2] and "| x | | | | out of memory |" in table and len(table) == 6 + 9 + 1 + 1
+    assert "some GPU" in table[2] and "| x | | | | out of memory |" in table and len(table) == 6 + 15 + 1 + 1
