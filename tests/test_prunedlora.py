@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import zoo
 from datasets import Dataset
 from families import make
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -517,6 +516,8 @@ class TestRefusals:
             )
 
     def test_stacked_parameters(self):
+        import zoo
+
         stacked = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"], "lora_dropout": 0.0}
         with pytest.raises(PlanError, match="target_parameters"):
             PrunedLoRA(2).prepare(adapted(zoo.tiny_model("mixtral"), **stacked))
