@@ -181,7 +181,7 @@ def test_a_search_is_for_no_other_method():
     for more in ({"method": "llm-pruner"}, {"prune": {"ranking": "global", "criterion": "measured"}}):
         with pytest.raises(RecipeError, match="the criterion measured is of the method auto"):
             parse_recipe({"model": {"source": "demo"}, "prune": {"criterion": "measured"}} | more)
-    with pytest.raises(RecipeError, match="recipe: prune: .*leave out the reduction mean"):
+    with pytest.raises(RecipeError, match="leave out the reduction mean"):
         parse_recipe({"model": {"source": "demo"}, "prune": {"criterion": "measured", "reduction": "mean"}})
 
 
