@@ -58,6 +58,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     source = sc.load(args.model)
     model, data = source.model.float(), corpus_of(args)
+    dense = model.num_parameters()  # before adapters are in it
     name, _, given = args.method.partition(":")
     settings = settings_of(args, name.endswith("+distill"))
     meter = Meter("cpu")
@@ -88,7 +89,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
                 lambda: sc.recover(cut, source.tokenizer, [data], settings, Path(folder), dense=lambda: model)
             )
             small, found = done.model, {"cut": of_cut, "trained": trained}
-    return found | {"reached": round(1 - small.num_parameters() / model.num_parameters(), 5)}
+    return found | {"reached": round(1 - small.num_parameters() / dense, 5)}
 
 
 def made(name: str, options: dict[str, Any], source: Any, data: Corpus, args: argparse.Namespace) -> Any:
