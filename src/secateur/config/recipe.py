@@ -132,7 +132,7 @@ def parse_recipe(data: Any, origin: str = "recipe") -> Recipe:
 
 
 def _place(location: Sequence[Any]) -> str:
-    return "".join([".".join(str(part) for part in location), ": "] if location else [])
+    return ".".join(str(part) for part in location) + ": " if location else ""
 
 
 def _message(error: Mapping[str, Any]) -> str:

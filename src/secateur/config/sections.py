@@ -149,18 +149,9 @@ class PruneSettings(Section):
     kinds: tuple[Kind, ...] = ()
     kind_ratios: dict[Kind, Annotated[float, Field(ge=0, lt=1)]] = {}
     criterion: Literal[
-        "random",
-        "l1",
-        "l2",
-        "taylor-vector",
-        "taylor-1",
-        "taylor-2",
-        "taylor-mixed",
-        "gate",
-        "gate-1",
-        "gate-mixed",
+        "random", "l1", "l2", "taylor-vector", "taylor-1", "taylor-2", "taylor-mixed", "gate", "gate-1", "gate-mixed",
         "measured",
-    ] = "taylor-1"
+    ] = "taylor-1"  # fmt: skip
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     ranking: Literal["local", "global", "search"] = "local"
     iterations: int = Field(1, ge=1)
