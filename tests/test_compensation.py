@@ -53,13 +53,13 @@ def test_the_answer_is_damped_least_squares():
             tokens = torch.cat([x[:, :8], damping * torch.eye(8)])
             results = torch.cat([target @ dense.T, damping * dense[:, :8].T])
             wanted = torch.linalg.lstsq(tokens, results).solution.T
-            found = reader._ridge(moments, strength)
+            found = reader.ridge(moments, strength)
             torch.testing.assert_close(found[:, :8], wanted, rtol=1e-6, atol=1e-7)
             assert not found[:, 8:].any()
             direct = float((target @ dense.T - x @ found.T).square().sum() / (target @ dense.T).square().sum())
             assert moments.error(dense, found) == pytest.approx(direct, rel=1e-9)
     plain = dense * keep
-    assert torch.equal(reader._ridge(moments, float("inf")), plain)
+    assert torch.equal(reader.ridge(moments, float("inf")), plain)
     moments = Moments(x.T @ x, x.T @ x, x.T @ x, x.mean(0), 200)
     shift = torch.randn(7).double()
     direct = float((x @ (dense - plain).T - shift).square().sum() / (x @ dense.T).square().sum())

@@ -19,15 +19,17 @@ Sums are in float32 or better, equations are solved in float64. One pair of sums
 
 `compensated` solves in the model itself, columns that go being zero (`masked`). That is not exact for the hidden
 dimension, since norms go on averaging over the zeros. Where a plan cuts it, `compensate_sliced` solves the cut model's
-matrices, beside the dense model (`sliced`); `cuts_hidden` tells which of the two a cut takes.
+matrices, beside the dense model (`sliced`); `cuts_hidden` tells which of the two a cut takes. Where many cuts are to be
+tried, matrices are solved ahead (`Database`).
 """
 
+from secateur.compensation.database import Database
 from secateur.compensation.masked import compensated
 from secateur.compensation.passes import AT_ONCE, EVERY
 from secateur.compensation.sliced import compensate_sliced, cuts_hidden
 from secateur.compensation.solving import ALONE, STRENGTHS, Compensated, Compensation, Moments, Reader
 
 __all__ = [
-    "ALONE", "AT_ONCE", "EVERY", "STRENGTHS", "Compensated", "Compensation", "Moments", "Reader", "compensate_sliced",
-    "compensated", "cuts_hidden",
+    "ALONE", "AT_ONCE", "EVERY", "STRENGTHS", "Compensated", "Compensation", "Database", "Moments", "Reader",
+    "compensate_sliced", "compensated", "cuts_hidden",
 ]  # fmt: skip

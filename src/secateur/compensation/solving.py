@@ -84,12 +84,12 @@ class Reader:
             self._put(plain, self._bias.double() + lost)
             return Compensated(self.path, None, whole.error(dense, plain), whole.error(dense, plain, lost))
         judge = whole if check is None else check
-        answers = {s: judge.error(dense, self._ridge(fit, s)) for s in (STRENGTHS if check else (ALONE,))}
+        answers = {s: judge.error(dense, self.ridge(fit, s)) for s in (STRENGTHS if check else (ALONE,))}
         strength = min(answers, key=lambda s: answers[s])
-        self._put(self._ridge(whole, strength), self._bias)
+        self._put(self.ridge(whole, strength), self._bias)
         return Compensated(self.path, strength, judge.error(dense, plain), answers[strength])
 
-    def _ridge(self, moments: Moments, strength: float) -> Tensor:
+    def ridge(self, moments: Moments, strength: float) -> Tensor:
         """The matrix [out, in], zero in columns that go."""
         plain = self.weight.double()
         keep = self.keep.nonzero().squeeze(1).to(plain.device)

@@ -229,7 +229,9 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
     What a cut of whole layers or of the hidden dimension has no use for stays as LLM-Pruner has it.
     """
     blocks = prune.get("mode", "block-wise") == "block-wise"
-    defaults: dict[str, Any] = {"criterion": "taylor-2"} if "reduction" not in prune else {}
+    searches = blocks and prune.get("ranking", "search") == "search"
+    criterion = "measured" if searches else "taylor-2"
+    defaults: dict[str, Any] = {"criterion": criterion} if "reduction" not in prune else {}
     if blocks:
         defaults |= {"ranking": "search", "compensate": "ridge"}
     found = {**defaults, **prune}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from secateur.allocation import Removed
 from secateur.errors import NonFiniteError, PlanError
 from secateur.evaluation.alone import Alone
 from secateur.evaluation.passes import NO_PREFIX, Passes
 from secateur.evaluation.perplexity import Window, batch_loss
-from secateur.evaluation.removing import losses_without
+from secateur.evaluation.removing import Removed, as_it_is, losses_without
 from secateur.groups import Group, Groups
 
 if TYPE_CHECKING:
@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 
 AT_ONCE = 8  # sequences in a pass
 Key = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class Repair(Protocol):
+    """What makes up for cuts."""
+
+    def prepare(self, cuts: Sequence[Removed]) -> None:
+        """Get ready for these."""
+
+    def in_place(self, cut: Removed) -> AbstractContextManager[None]:
+        """The model with what makes up for a cut, in the layers that it lies in."""
 
 
 class CutLosses:
@@ -34,12 +44,18 @@ class CutLosses:
         groups: of the model.
         chosen: groups that cuts are made of.
         batches: token ids, each [sequences, length]; every token but the first of a sequence is predicted.
+        repair: makes up for each cut; None for nothing.
     """
 
     def __init__(
-        self, model: PreTrainedModel, groups: Groups, chosen: Iterable[Group], batches: Sequence[Tensor]
+        self,
+        model: PreTrainedModel,
+        groups: Groups,
+        chosen: Iterable[Group],
+        batches: Sequence[Tensor],
+        repair: Repair | None = None,
     ) -> None:
-        self.model, self.groups, self.chosen = model, groups, tuple(chosen)
+        self.model, self.groups, self.chosen, self.repair = model, groups, tuple(chosen), repair
         self.batches = [windows_of_rows(rows) for batch in batches for rows in batch.split(AT_ONCE)]
         self._alone = Alone(model, groups, list(dict.fromkeys(g.kind for g in self.chosen)))
         self._known: dict[Key, float] = {}
@@ -67,9 +83,12 @@ class CutLosses:
         if not torch.isfinite(torch.tensor(passes.dense)):
             raise NonFiniteError(f"the loss on the calibration text is {passes.dense}; check the dtype of the model")
         some = {key: cut for key, cut in wanted.items() if cut}
+        if self.repair is not None:
+            self.repair.prepare(list(some.values()))
+        repaired = as_it_is if self.repair is None else self.repair.in_place
         found = {
             key: float("inf") if isinstance(loss, PlanError) else loss
-            for key, loss in losses_without(passes, self._alone, some, "widths")
+            for key, loss in losses_without(passes, self._alone, some, "widths", repaired)
         }
         return found | ({(): passes.dense} if () in wanted else {})
 

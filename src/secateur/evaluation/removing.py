@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,16 +17,23 @@ from secateur.evaluation.passes import Passes
 
 Key = TypeVar("Key")
 Removed = Mapping[str, Sequence[int]]  # group -> units that go
+Repaired = Callable[[Removed], AbstractContextManager[None]]  # the model with other weights, for one cut
+
+
+def as_it_is(removed: Removed) -> AbstractContextManager[None]:
+    """Nothing makes up for a cut."""
+    return nullcontext()
 
 
 def losses_without(
-    passes: Passes, alone: Alone, cuts: Mapping[Key, Removed], title: str
+    passes: Passes, alone: Alone, cuts: Mapping[Key, Removed], title: str, repaired: Repaired = as_it_is
 ) -> Iterator[tuple[Key, float | PlanError]]:
     """Measure each cut alone, layer by layer, so that the cache of `passes` moves on once.
 
     Args:
         cuts: what is removed together, by any key.
         title: of the progress bar.
+        repaired: gives what makes up for a cut, in the layers that it lies in.
 
     Yields:
         Key and loss [nats per token], or why a copy cannot be cut so.
@@ -41,7 +49,7 @@ def losses_without(
         for begin, key in jobs:
             passes.begin_at(begin)
             try:
-                with alone.without(cuts[key]) as smaller:
+                with repaired(cuts[key]), alone.without(cuts[key]) as smaller:
                     loss = passes.loss(smaller)
             except PlanError as error:  # a copy that no setting of the class's sizes gives
                 yield key, error

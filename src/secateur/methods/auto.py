@@ -1,34 +1,38 @@
-"""Ours: units by a second-order criterion, widths by a search, what stays solved again, the simplest form that is best.
+"""Ours: units by second-order criteria, widths by a search, what stays solved again, the simplest form that is best.
 
 | step | here | from |
 | --- | --- | --- |
-| D, loss without some units of a family [nats per token] | `evaluation.cut_losses` | measured |
 | importance of units | `Taylor(order=2)`, diagonal Fisher | Ma et al. 2023, arXiv:2305.11627, Eq. 5 |
-| widths | `allocation.search` | ours; SPDY, arXiv:2201.13096, searches so for a latency |
-| W' of what stays | `compensation`, against the dense model | ours; ridge towards W |
+| | `Gate`, Fisher of a gate on each unit | ours |
+| D, loss without some units, the rest solved again [nats per token] | `evaluation.cut_losses` | measured |
+| W' of what stays, for D | `compensation.Database` | SPDY's, arXiv:2201.13096 |
+| widths | `allocation.search` | the same, for losses of the model |
+| W' of what stays, in the result | `compensation`, against the dense model | ours; ridge towards W |
 
 1. Discover groups. Of the calibration sequences, every eighth is set aside for step 6, and a quarter of the others
    measures D.
 2. Score the units of all groups. Of several criteria each group takes the one by whose order cuts of it alone are
    measured to cost less.
-3. Measure what every family costs alone at some of the widths that it may have, and take the widths that cost least
-   within the budget: once with the same widths in every layer, once with widths by layer.
+3. Measure what every family costs alone at some of the widths that it may have, and search for the widths that cost
+   least together within the budget: once with the same widths in every layer, once with widths by layer.
 4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
    by then.
 5. Cut, and solve the matrices that read what went again.
 6. Of the two, the one with the same widths is the result, since any loader takes it, unless the loss of the other is
    lower on the sequences set aside by more than `MARGIN` and by two standard errors.
 
-Every part can be replaced or switched off: another criterion, `ranking` local or global, one form only (`uniform`), no
+Every part can be replaced or switched off: one criterion, `ranking` local or global, one form only (`uniform`), no
 compensation.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,7 +42,7 @@ from secateur.allocation import Budget, Measure, allocate, check_shares
 from secateur.allocation.orders import cheapest_orders
 from secateur.allocation.ranking import RankingName
 from secateur.benchmark.costs import Workload
-from secateur.compensation import Compensated, Compensation, compensated
+from secateur.compensation import Compensated, Compensation, Database, compensated
 from secateur.cutting import PruneResult, Step, cut
 from secateur.discovery import discover
 from secateur.errors import BudgetError, PlanError
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
 
 ASIDE = 8  # one sequence of so many chooses between forms
 MEASURES = 4  # one sequence of so many of the others measures what widths cost
-TRIED = ("taylor-2", "gate")  # what `measured` chooses from
+TRIED = ("taylor-2", "gate")
 NAMES = {True: "uniform", False: "per_layer"}
 MARGIN = 0.02  # nats per token, 2 % of the perplexity
 
@@ -79,7 +83,7 @@ class Auto:
     """
 
     budget: Budget | None
-    criteria: Mapping[str, Any] = field(default_factory=lambda: {"taylor-2": CRITERIA["taylor-2"]})
+    criteria: Mapping[str, Any] = field(default_factory=lambda: {name: CRITERIA[name] for name in TRIED})
     reduction: str = "sum"
     kinds: tuple[str, ...] = ()
     ranking: RankingName = "search"
@@ -121,13 +125,14 @@ def run(
     on_step("discover")
     forms, why = _forms(settings, sum(map(len, batches)))
     rest, aside = _apart(batches, len(forms) > 1)
-    work = _Work(model, discover(model), rest, settings, on_step)
     found, refused = {}, {}
-    for uniform in forms:
-        try:
-            found[uniform] = work.form(uniform)
-        except (PlanError, BudgetError) as error:  # a class may be able to have one form only
-            refused[uniform] = error
+    with tempfile.TemporaryDirectory() as folder:
+        work = _Work(model, discover(model), rest, settings, Path(folder), on_step)
+        for uniform in forms:
+            try:
+                found[uniform] = work.form(uniform)
+            except (PlanError, BudgetError) as error:  # a class may be able to have one form only
+                refused[uniform] = error
     if not found:
         raise refused[forms[0]]
     if len(found) == 1:
@@ -173,8 +178,11 @@ def _apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
 class _Work:
     """Steps 2 to 5, with what both forms share."""
 
-    def __init__(self, model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, on_step: Step) -> None:
-        self.model, self.groups, self.rows, self.settings, self.on_step = model, groups, rows, settings, on_step
+    def __init__(
+        self, model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, folder: Path, on_step: Step
+    ) -> None:
+        self.model, self.groups, self.rows, self.settings = model, groups, rows, settings
+        self.folder, self.on_step = folder, on_step
         self.cost = settings.workload.without(model, groups) if settings.workload else None
         self.scores: dict[str, Tensor] = {}  # of the whole model
         self.by: dict[str, str] = {}  # the criterion of each group there
@@ -265,7 +273,11 @@ class _Work:
         if self.settings.ranking != "search":
             return None
         if plan.kept or self.measure is None:
-            measure = CutLosses(self.model, self.groups, candidates, [self.rows[::MEASURES]])
+            measures = torch.arange(len(self.rows)) % MEASURES == 0
+            solves = self.settings.compensation is not None and self.settings.compensation.form == "ridge"
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            solved = Database(self.model, self.groups, [self.rows[~measures]], folder) if solves else None
+            measure = CutLosses(self.model, self.groups, candidates, [self.rows[measures]], solved)
             if plan.kept:
                 return measure
             self.measure = measure
