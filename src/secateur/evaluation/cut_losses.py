@@ -58,6 +58,7 @@ class CutLosses:
         self.model, self.groups, self.chosen, self.repair = model, groups, tuple(chosen), repair
         self.batches = [windows_of_rows(rows) for batch in batches for rows in batch.split(AT_ONCE)]
         self._alone = Alone(model, groups, list(dict.fromkeys(g.kind for g in self.chosen)))
+        self._passes: Passes | None = None
         self._known: dict[Key, float] = {}
 
     @torch.no_grad()
@@ -79,7 +80,9 @@ class CutLosses:
         return [self._known[key] for key in keys]
 
     def _measured(self, wanted: dict[Key, Removed]) -> dict[Key, float]:
-        passes = Passes(self.model, self.groups, self.chosen, self.batches)
+        if self._passes is None:
+            self._passes = Passes(self.model, self.groups, self.chosen, self.batches)
+        passes = self._passes
         if not torch.isfinite(torch.tensor(passes.dense)):
             raise NonFiniteError(f"the loss on the calibration text is {passes.dense}; check the dtype of the model")
         some = {key: cut for key, cut in wanted.items() if cut}
