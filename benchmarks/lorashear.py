@@ -7,8 +7,8 @@ Of every source a part is set aside and never trained on; perplexities are measu
 Every row trains adapters for the same number of steps of the same size:
 
     llm-pruner  first-order Taylor cut, then recovery on all sources pooled (static)
-    auto        our method's cut, then the same recovery; settings of it may follow after a colon, and `distill=0.9`,
-                the weight of learning from the dense model
+    auto        our method's cut after a tenth of the steps (`adapt`), then the rest of them; settings of it may follow
+                after a colon, and `distill=0.9`, the weight of learning from the dense model
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
     lorashear-random  the same with units drawn at random in each period
@@ -50,11 +50,12 @@ from secateur.methods import auto
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
 from secateur.pipeline import PACKAGES
+from secateur.pipeline.before_cut import SEED
 from secateur.recovery import RecoverySettings, sources, train, with_adapters
 from secateur.recovery.gradual import GradualPruning
 
 METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear:push=linear")
-CALIBRATION_OF_AUTO = 128  # sequences, its default
+CALIBRATION_OF_AUTO, ADAPT = 128, 0.1  # sequences, and share of the steps before the cut: its defaults
 KNOWLEDGE, DYNAMIC = "+knowledge", "-dynamic"
 OF_THE_RECOVERY = {field.name for field in fields(RecoverySettings)} | {"held_out_most"}
 
@@ -127,6 +128,21 @@ def parsed(method: str) -> tuple[str, bool, bool, dict[str, Any], dict[str, Any]
     return name.removesuffix(DYNAMIC), name.endswith(DYNAMIC), bool(knows), pruning, recovery
 
 
+def ours(
+    case: Case, model: Any, sparsity: float, settings: RecoverySettings, given: dict[str, Any], folder: Path
+) -> Any:
+    """The model adapted, cut and recovered, as `prune --recover-steps` does it."""
+    options, tokenizer, text = dict(given), case.source.tokenizer, case.train
+    before = round(options.pop("adapt", ADAPT) * settings.steps)
+    if before:
+        first = replace(settings, steps=before, mix="proportional", distill=None, seed=settings.seed + SEED)
+        model = sc.recover(model, tokenizer, text, first, folder / "before").model
+    tokens = sc.calibration_tokens(case.pooled, tokenizer, CALIBRATION_OF_AUTO, case.args.seq_len, settings.seed)
+    cut = auto.run(model, [tokens], settings_of_auto(sparsity, options)).model
+    rest = replace(settings, steps=settings.steps - before)
+    return sc.recover(cut, tokenizer, text, rest, folder / "after", dense=lambda: case.source.model).model
+
+
 def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     """One method at one sparsity from one seed."""
     args, begin = case.args, time.perf_counter()
@@ -135,14 +151,12 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     mix, protect = "dynamic" if dynamic else "proportional", case.protect if knows else ()
     model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **recovery_given})
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, "HELD_OUT_MOST", held_out):
-        if name in ("llm-pruner", "auto"):
-            samples = args.samples if name == "llm-pruner" else CALIBRATION_OF_AUTO
-            tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, samples, args.seq_len, seed)
+        if name == "auto":
+            small = ours(case, model, sparsity, settings, pruning_given, Path(folder))
+        elif name == "llm-pruner":
+            tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, args.samples, args.seq_len, seed)
             wanted = LLMPruner(sc.Budget(sparsity), Taylor(order=1), protect=protect, uniform=not protect)
-            ours = settings_of_auto(sparsity, pruning_given if name == "auto" else {})
-            cut = (
-                llm_pruner(model, [tokens], wanted) if name == "llm-pruner" else auto.run(model, [tokens], ours)
-            ).model
+            cut = llm_pruner(model, [tokens], wanted).model
             small = sc.recover(
                 cut, case.source.tokenizer, case.train, settings, Path(folder), dense=lambda: case.source.model
             ).model

@@ -100,6 +100,10 @@ def prune(
     plan: Annotated[Path | None, typer.Option(help="Replay this plan instead of scoring.")] = None,
     text: Text = None,
     recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
+    adapt: Annotated[
+        float | None,
+        typer.Option(help="Share of the recovery's steps that train the model before the cut; auto takes 0.1."),
+    ] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text to recover or train on; may be repeated.")] = None,
     mix: Mix = None,
     distill: Annotated[
@@ -161,7 +165,7 @@ def prune(
     reading = {"field": field, "seq_len": seq_len}
     checkpointing = {"gradient_checkpointing": gradient_checkpointing}
     watching = {"mix": mix, "report_to": report_to}
-    afterwards = {"distill": distill}
+    afterwards, before = {"distill": distill}, {"adapt": adapt}
     calibrating = {"source": calibration, "samples": samples}
     scoring: dict[str, Any] = {
         "mode": mode,
@@ -193,14 +197,22 @@ def prune(
         assert method is not None
         unknown = {name: value for name, value in tuning.items() if name not in METHOD_OPTIONS[method]}
         no_use(
-            method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps, **afterwards}
+            method,
+            {
+                **unknown,
+                **scoring,
+                **calibrating,
+                "plan": plan,
+                "recover_steps": recover_steps,
+                **afterwards,
+            },
         )
         recovery: dict[str, Any] | None = {"data": data, **watching, **training, **reading, **checkpointing}
     else:
         no_use(method or "auto", {**training, **tuning})
         scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
         recovers = bool(recover_steps) and not no_recover
-        no_use(f"{method or 'auto'} without --recover-steps", {} if recovers else watching | afterwards)
+        no_use(f"{method or 'auto'} without --recover-steps", {} if recovers else watching | afterwards | before)
         recovery = {"data": data, **watching, **afterwards, "steps": recover_steps} if recovers else None
     recipe = recipe_of(
         model,
@@ -209,6 +221,7 @@ def prune(
             "method": {"name": method} | tuning,
             "prune": _budget(sparsity, kinds, plan, of, workload)
             | scoring
+            | before
             | {
                 "ranking": ranking,
                 "uniform": uniform,

@@ -90,6 +90,8 @@ class Recipe(Section):
                         f"{name} is for recovery after the cut, and {what} trains adapters from the text while it "
                         "prunes: leave it out of recovery, or run `secateur recover` on the result"
                     )
+            if self.prune.adapt:
+                raise ValueError(f"adapt trains before a cut, and {self.method.name} trains all along: leave it out")
         return self
 
     @model_validator(mode="after")

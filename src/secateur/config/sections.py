@@ -134,9 +134,10 @@ class WorkloadSettings(Section):
 class PruneSettings(Section):
     """What to remove, and how to choose it.
 
-    A budget is a share of the parameters, of units, or of what a `workload` costs.
-    Of the groups in `knowledge`, a file that `secateur analyze` wrote, the worst `protect_share` is left whole. With
-    `compensate`, matrices that read what goes make up for it on the calibration text (`secateur.compensation`).
+    A budget is a share of the parameters, of units, or of what a `workload` costs. Of the groups in `knowledge`, a file
+    that `secateur analyze` wrote, the worst `protect_share` is left whole. With `compensate`, matrices that read what
+    goes make up for it on the calibration text (`secateur.compensation`). Where the model recovers after the cut,
+    `adapt` is the share of these steps that train it before.
     """
 
     param_sparsity: float | None = Field(None, ge=0, lt=1)
@@ -156,6 +157,7 @@ class PruneSettings(Section):
     ranking: Literal["local", "global", "search"] = "local"
     iterations: int = Field(1, ge=1)
     gradient_checkpointing: bool = False
+    adapt: float = Field(0.0, ge=0, lt=1)
     calibration: CalibrationSettings = CalibrationSettings()
     uniform: bool | None = None
     tier: Literal["auto", "uniform", "depth", "per-layer", "padded"] = "auto"
@@ -233,7 +235,7 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
     criterion = "measured" if searches else "taylor-2"
     defaults: dict[str, Any] = {"criterion": criterion} if "reduction" not in prune else {}
     if blocks:
-        defaults |= {"ranking": "search", "compensate": "ridge"}
+        defaults |= {"ranking": "search", "compensate": "ridge", "adapt": 0.1}
     found = {**defaults, **prune}
     if found.get("compensate") == "ridge":
         found.setdefault("compensate_target", "dense")

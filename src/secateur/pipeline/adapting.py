@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from secateur.checkpoint import Checkpoint
 from secateur.config import Recipe
-from secateur.data import Corpus, load_corpus
+from secateur.data import Corpus
 from secateur.pipeline.dense import dense_of
-from secateur.pipeline.recovering import recovery_settings
 from secateur.pipeline.results import Clock, Results, add_stage, needs_tokenizer, values
+from secateur.pipeline.training_settings import recovery_settings
 from secateur.recovery import (
     RecoverySettings,
     TrainingData,
@@ -26,16 +26,6 @@ from secateur.recovery import (
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-
-def training_corpora(recipe: Recipe) -> list[Corpus]:
-    """What a recipe trains on, read before anything is measured.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    assert recipe.recovery is not None
-    return [load_corpus(name, field=recipe.recovery.field) for name in recipe.recovery.data]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Gate, Random, Taylor
 from secateur.importance.summary import summary
 from secateur.methods import auto, llm_pruner
+from secateur.pipeline.before_cut import adapt
 from secateur.pipeline.protecting import Protection, protection
 from secateur.pipeline.reporting import check_reporting
 from secateur.pipeline.results import (
@@ -46,13 +48,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: bool = False) -> Results:
+def prune(
+    recipe: Recipe, output: Path, *, plan: Path | None = None, resume: bool = False, overwrite: bool = False
+) -> Results:
     """Prune the recipe's model into the folder `output`, evaluated before and after on the recipe's texts.
 
     Where a plan is replayed on a local folder and nothing needs the model as such, it is cut without being loaded.
+    A model that is adapted first leaves training checkpoints in `<output>.work` until the cut ends.
 
     Args:
         plan: replay this plan instead of scoring.
+        resume: go on from the last of these checkpoints.
 
     Raises:
         SecateurError: for anything wrong with the input; nothing is written then.
@@ -71,6 +77,7 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
             return _stream(recipe, place, output, plan, overwrite)
         except StreamingError as error:
             print(f"- the whole model is loaded, since it cannot be cut tensor by tensor: {error}", file=sys.stderr)
+    work = output.with_name(output.name + ".work")
     with output_folder(output, overwrite=overwrite) as folder:
         clock = Clock()
         clock.begin("load")
@@ -78,11 +85,13 @@ def prune(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: 
         corpus = calibration_corpus(recipe) if plan is None or compensates else None
         replayed = None if plan is None else PruningPlan.load(plan)
         results = dense_results(source, recipe, clock, replayed, protects)
+        source = adapt(source, recipe, results, work, resume, clock)
         small, used = _cut(source, recipe, replayed, corpus, protects.groups, clock, results)
         small = add_pruned(results, small, source, recipe, clock)
         if plan is None:
             used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
         write_checked(small, folder, source, results, used)
+    shutil.rmtree(work, ignore_errors=True)
     return results
 
 

@@ -13,6 +13,7 @@ from secateur.benchmark import bench
 from secateur.config import Recipe, dump_recipe
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.evaluation import Prepared
+from secateur.pipeline.before_cut import adapted_steps
 from secateur.pipeline.measuring import with_adapter
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.recovering import joined, recover_checkpoint
@@ -69,9 +70,11 @@ def _run(recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: boo
     if recipe.method.trains:
         results = _finished(pruned) or prune_while_training(recipe, pruned, resume=resume)
     else:
-        results = _finished(pruned) or prune(recipe, pruned)
+        results = _finished(pruned) or prune(recipe, pruned, resume=resume)
     if recipe.recovers:
-        after = _finished(recovered) or recover_checkpoint(recipe, pruned, recovered, resume=resume)
+        after = _finished(recovered) or recover_checkpoint(
+            recipe, pruned, recovered, steps_before=adapted_steps(results), resume=resume
+        )
         results = joined(results, after)
     if prepared:
         stages = {"dense": stage(recipe), "pruned": stage(recipe, pruned)}

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from secateur import checkpoint as checkpoints
 from secateur.checkpoint import output_folder
-from secateur.config import Recipe, RecoverSettings
-from secateur.data import Corpus, load_corpus
+from secateur.config import Recipe
+from secateur.data import Corpus
+from secateur.pipeline.before_cut import adapted_steps
 from secateur.pipeline.dense import Dense, dense_of
 from secateur.pipeline.pruning import prune
 from secateur.pipeline.reporting import check_reporting, keep_logs
@@ -26,15 +27,25 @@ from secateur.pipeline.results import (
     write_checked,
     write_json,
 )
-from secateur.recovery import Distillation, RecoveryResult, RecoverySettings, recover, save_mix, training_data
+from secateur.pipeline.training_settings import recovery_settings, training_corpora
+from secateur.recovery import RecoveryResult, RecoverySettings, recover, save_mix, training_data
 
 
 def recover_checkpoint(
-    recipe: Recipe, folder_in: Path | str, output: Path, *, resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    folder_in: Path | str,
+    output: Path,
+    *,
+    steps_before: int = 0,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Results:
     """Recover a (pruned) checkpoint into the folder `output`: the trained model, and the adapter beside it, if any.
 
     Training checkpoints lie in `<output>.work` until the run ends; `resume` continues from the last one.
+
+    Args:
+        steps_before: how many of the steps the model was trained for before it was cut.
 
     Raises:
         SecateurError: for anything wrong with the input.
@@ -54,8 +65,11 @@ def recover_checkpoint(
         settings = recovery_settings(given, recipe.seed)
         if settings.distill is not None and settings.distill.hidden:
             settings = replace(settings, distill=replace(settings.distill, layers=checkpoints.layers_left(source)))
-        corpora = [load_corpus(name, field=given.field) for name in given.data]
+        corpora = training_corpora(recipe)
         data = training_data(corpora, needs_tokenizer(source), settings)
+        if steps_before:
+            settings = replace(settings, steps=data.steps - steps_before)
+            data = replace(data, steps=data.steps - steps_before)
         dense = dense_of(recipe, source)
         clock.begin("evaluate_pruned")
         add_stage(results, "pruned", source, source.model, recipe.evaluation)
@@ -102,19 +116,12 @@ def _account(
     }
 
 
-def recovery_settings(settings: RecoverSettings, seed: int) -> RecoverySettings:
-    """What the recovery room needs of a recipe's recovery section."""
-    chosen = settings.model_dump(exclude={"data", "field", "dense", "distill"}, exclude_none=True)
-    distill = None if settings.distill is None else Distillation(**settings.distill.model_dump())
-    return RecoverySettings(**chosen, distill=distill, seed=seed)
-
-
 def prune_and_recover(recipe: Recipe, output: Path, *, plan: Path | None = None, overwrite: bool = False) -> Results:
     """`prune` and `recover_checkpoint` in one go; only the recovered checkpoint is kept, with the plan beside it."""
     with output_folder(output, overwrite=overwrite) as folder:
         pruned = folder / "pruned"
         results = prune(recipe, pruned, plan=plan)
-        after = recover_checkpoint(recipe, pruned, folder / "recovered")
+        after = recover_checkpoint(recipe, pruned, folder / "recovered", steps_before=adapted_steps(results))
         results = joined(results, after)
         for file in (folder / "recovered").iterdir():
             shutil.move(str(file), folder / file.name)

@@ -13,7 +13,7 @@ from secateur.allocation import Budget
 from secateur.checkpoint import WIDTHS, check_packable, output_folder, quantised_copy
 from secateur.config import Recipe
 from secateur.errors import BudgetError
-from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters, training_corpora
+from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters
 from secateur.pipeline.protecting import protection
 from secateur.pipeline.pruning import add_pruned, begun
 from secateur.pipeline.reporting import check_reporting, keep_logs
@@ -25,6 +25,7 @@ from secateur.pipeline.results import (
     load_model,
     write_checked,
 )
+from secateur.pipeline.training_settings import training_corpora
 from secateur.plan import PruningPlan
 from secateur.recovery import save_mix
 

@@ -13,7 +13,7 @@ from secateur.checkpoint import Checkpoint, output_folder, quantisation, write_a
 from secateur.config import Recipe, TuneSettings
 from secateur.data import calibration_tokens, load_corpus
 from secateur.errors import CheckpointError, RecipeError, first_line
-from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters, training_corpora
+from secateur.pipeline.adapting import measure_dense, prepare_training, train_adapters
 from secateur.pipeline.reporting import check_reporting, keep_logs
 from secateur.pipeline.results import (
     Clock,
@@ -25,6 +25,7 @@ from secateur.pipeline.results import (
     peak_memory,
     write_json,
 )
+from secateur.pipeline.training_settings import training_corpora
 from secateur.recovery import save_mix, save_ranks
 
 if TYPE_CHECKING:

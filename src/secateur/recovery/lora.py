@@ -65,6 +65,7 @@ def recover(
     evaluate: Callable[[PreTrainedModel], dict[str, float]] | None = None,
     dense: Callable[[], PreTrainedModel] | None = None,
     resume: bool = False,
+    in_place: bool = False,
 ) -> RecoveryResult:
     """Train LoRA adapters on a copy of `model` and merge them, or all weights of the copy.
 
@@ -75,6 +76,7 @@ def recover(
         dense: gives the uncut model, for a dynamic mix and for distillation; called once, before training, and for a
             mix alone not when a run goes on.
         resume: go on from the last checkpoint in `output`, if there is one.
+        in_place: train `model` itself, which saves the copy.
 
     Raises:
         DataError: the corpora give no example, or too few to hold some out.
@@ -83,7 +85,8 @@ def recover(
         CheckpointError: the run to go on with had another mix, or the cache of a teacher is another's.
         NonFiniteError: the loss becomes NaN or infinite.
     """
-    own: Any = copy.deepcopy(model)
+    own: Any = model if in_place else copy.deepcopy(model)
+    use_cache = getattr(model.config, "use_cache", True)
     trained = _with_all_weights(own, settings) if settings.full_weights else with_adapters(own, settings)
     log, seconds = train(
         trained, tokenizer, data, settings, Path(output), evaluate=evaluate, dense=dense, resume=resume
@@ -92,7 +95,7 @@ def recover(
     if adapter is not None:
         trained.save_pretrained(adapter)
         own = trained.merge_and_unload()
-    own.config.use_cache = getattr(model.config, "use_cache", True)  # which training switched off
+    own.config.use_cache = use_cache  # which training switched off
     rest = [entry for entry in log if "mix" not in entry]
     return RecoveryResult(own.eval(), adapter, rest, seconds, mix_record(log, settings))
 
