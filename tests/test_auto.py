@@ -136,7 +136,7 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *common)
     assert code == 0, err
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert "criteria" not in results
+    assert set(results["criteria"].values()) <= set(auto.TRIED) and "as cuts of each group alone" in printed
     assert results["choice"]["sequences"] == 2 and results["compensation"] and "calibration sequences set" in printed
     off = ["--uniform", "--ranking", "local", "--compensate", "none", "--criterion", "taylor-1"]
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "b", *common, *off)
@@ -150,27 +150,20 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     assert not {"choice", "criteria"} & json.loads((tmp_path / "b" / "results.json").read_text()).keys()
 
 
-def test_criteria_by_measurement_on_the_command_line(secateur, checkpoint_folder, text_file, tmp_path):
-    more = ["--sparsity", "0.3", "--calibration", text_file, "--samples", "8", "--seq-len", "32", "--uniform"]
-    code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *more, "--criterion", "measured")
-    assert code == 0, err
-    results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert set(results["criteria"].values()) <= {"taylor-2", "gate"} and "as cuts of each group alone" in printed
-
-
 def test_a_recipe_holds_what_it_depends_on():
     recipe = parse_recipe({"model": {"source": "demo"}, "prune": {"param_sparsity": 0.2}})
     again = parse_recipe(yaml.safe_load(dump_recipe(recipe)))
     assert again == recipe and recipe.method.name == "auto"
     prune = recipe.prune
     assert (prune.criterion, prune.ranking, prune.compensate, prune.compensate_target) == (
-        "taylor-2", "search", "ridge", "dense",
+        "measured", "search", "ridge", "dense",
     )  # fmt: skip
-    assert prune.form is None and prune.calibration.samples == 128
+    assert prune.form is None and prune.calibration.samples == 128 and prune.adapt == 0.1
     paper = parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"param_sparsity": 0.2}}).prune
     assert (paper.criterion, paper.ranking, paper.compensate) == ("taylor-1", "local", "none")
     given = parse_recipe({"model": {"source": "demo"}, "prune": {"compensate": "none", "ranking": "global"}}).prune
     assert (given.compensate, given.compensate_target, given.ranking) == ("none", "current", "global")
+    assert given.criterion == "taylor-2"  # a ranking by scores measures nothing
     layers = parse_recipe({"model": {"source": "demo"}, "prune": {"mode": "layer-wise", "unit_sparsity": 0.3}})
     assert not layers.searches and layers.prune.ranking == "local"
 
