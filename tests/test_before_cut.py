@@ -1,4 +1,4 @@
-"""A part of the recovery's steps before the cut: how many there are, what is told of them, and going on after a kill."""
+"""A part of the recovery's steps before the cut: how many, what is told of them, and going on after a kill."""
 
 import json
 

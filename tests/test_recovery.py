@@ -74,6 +74,15 @@ def test_a_killed_run_resumes_to_the_same_weights(damaged, tokenizer, corpus, tm
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+def test_a_run_that_had_ended_takes_no_further_step(damaged, tokenizer, corpus, tmp_path):
+    """As after a kill between the last step and the end: the Trainer itself would take another one."""
+    ended = recover(damaged, tokenizer, [corpus], QUICK, tmp_path)
+    again = recover(damaged, tokenizer, [corpus], QUICK, tmp_path, resume=True)
+    assert again.log[-1]["step"] == ended.log[-1]["step"] == QUICK.steps
+    for name, tensor in ended.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], tensor, rtol=0, atol=0)
+
+
 def test_measured_texts_are_in_the_log(damaged, tokenizer, corpus, tmp_path):
     settings = RecoverySettings(**{**vars(QUICK), "steps": 2, "eval_every": 1})
     result = recover(damaged, tokenizer, [corpus], settings, tmp_path, evaluate=lambda m: {"x": 1.0})

@@ -1,4 +1,4 @@
-"""Hooks into the Trainer: stop on a broken loss, tell losses, measure texts while training, and keep a run's folder."""
+"""Hooks into the Trainer: stop on a broken loss or where all is done, tell losses, measure texts, keep the folder."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ class StopOnBrokenLoss(TrainerCallback):  # type: ignore[misc]
                 raise NonFiniteError(
                     f"recovery stopped at step {state.global_step}: {name} is {value}; lower the learning rate"
                 )
+
+
+class HasEndedError(Exception):
+    """The run that goes on had taken its last step."""
+
+
+class EndAtLastStep(TrainerCallback):  # type: ignore[misc]
+    """Raise `HasEndedError` where a run goes on from its last step: the Trainer would take another one."""
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if state.global_step >= state.max_steps:
+            raise HasEndedError
 
 
 class PrintLosses(TrainerCallback):  # type: ignore[misc]

@@ -19,7 +19,15 @@ import torch
 from secateur.data import Corpus
 from secateur.errors import DataError, RecipeError, first_line
 from secateur.packed import refuse_packed
-from secateur.recovery.callbacks import WHOLE, MeasureTexts, OwnFolder, PrintLosses, StopOnBrokenLoss
+from secateur.recovery.callbacks import (
+    WHOLE,
+    EndAtLastStep,
+    HasEndedError,
+    MeasureTexts,
+    OwnFolder,
+    PrintLosses,
+    StopOnBrokenLoss,
+)
 from secateur.recovery.distilling import DistillingTrainer, loaded, teacher_of
 from secateur.recovery.examples import IGNORED
 from secateur.recovery.gradual import GradualPruning
@@ -155,7 +163,10 @@ def train(
         report = [ReportFigures(trainer, callbacks)] if settings.report_to else []
         for callback in [*ours, *callbacks, *report, folder]:
             trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=started)
+        try:
+            trainer.train(resume_from_checkpoint=started)
+        except HasEndedError:
+            trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)
     return own_entries(trainer.state.log_history), round(time.perf_counter() - begin, 3)
 
 
@@ -291,7 +302,7 @@ def _trainer(
         args=arguments,
         train_dataset=dataset,
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True),
-        callbacks=[StopOnBrokenLoss(), *([PrintLosses()] if arguments.disable_tqdm else [])],
+        callbacks=[EndAtLastStep(), StopOnBrokenLoss(), *([PrintLosses()] if arguments.disable_tqdm else [])],
     )
     trainer.remove_callback(PrinterCallback)  # the Trainer's own stand-in for its bar, on standard output
     return trainer
