@@ -9,7 +9,7 @@ from typing import Any
 NAMES = {
     "llm-pruner": "LLM-Pruner, static recovery",
     "llm-pruner-dynamic": "LLM-Pruner, dynamic recovery",
-    "auto": "auto, static recovery",
+    "auto": "auto, a tenth of the steps before the cut",
     "loraprune": "LoRAPrune, static",
     "loraprune+knowledge": "LoRAPrune, static, sensitive groups left whole",
     "lorashear": "LoRAShear, static",
