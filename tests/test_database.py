@@ -3,6 +3,7 @@
 import pytest
 import torch
 import zoo
+from test_compensation import inputs_of
 
 from secateur.compensation import ALONE, Database, Moments, Reader
 from secateur.discovery import discover
@@ -13,15 +14,6 @@ from secateur.surgery import mask
 
 def ids(rows, seed=0):
     return torch.randint(3, 60, (rows, 24), generator=torch.Generator().manual_seed(seed))
-
-
-def inputs_of(model, path, batch):
-    found = []
-    handle = model.get_submodule(path).register_forward_pre_hook(lambda m, a: found.append(a[0].detach()))
-    with torch.no_grad():
-        model(input_ids=batch, use_cache=False)
-    handle.remove()
-    return found[0].flatten(0, -2).double()
 
 
 def plan_without(groups, cut):
