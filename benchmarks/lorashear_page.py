@@ -9,7 +9,7 @@ from typing import Any
 NAMES = {
     "llm-pruner": "LLM-Pruner, static recovery",
     "llm-pruner-dynamic": "LLM-Pruner, dynamic recovery",
-    "auto": "auto, a tenth of the steps before the cut",
+    "auto": "auto",
     "loraprune": "LoRAPrune, static",
     "loraprune+knowledge": "LoRAPrune, static, sensitive groups left whole",
     "lorashear": "LoRAShear, static",
@@ -52,7 +52,7 @@ def compared(found: Iterable[Data]) -> list[str]:
         "## LoRAShear, and what recovers on what",
         "",
         "`benchmarks/lorashear.py`: every row trains on the same number of tokens. `mean` is the geometric mean over",
-        "sources, `worst to dense` the largest ratio of a source's perplexity to the dense model's; means over seeds",
+        "sources (`auto` takes a tenth of its steps before the cut: `adapt`), `worst to dense` the largest ratio of a source's perplexity to the dense model's; means over seeds",
         "and their standard deviations.",
         "",
     ]
