@@ -50,6 +50,16 @@ def test_auto_takes_a_tenth_and_others_none(secateur, flags, tmp_path):
     assert code == 2 and "adapt" in err and "--recover-steps" in err
 
 
+def test_a_cut_that_trains_nothing_leaves_other_runs_checkpoints_alone(secateur, flags, tmp_path):
+    """Those of a method that prunes while it trains, interrupted, lie in the same place."""
+    left = tmp_path / "a.work" / "checkpoints" / "checkpoint-4" / "whole"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    code, _, err = secateur(*flags[:8], "--criterion", "l2", "--ranking", "local", "-o", tmp_path / "a")
+    assert code == 0, err
+    assert left.exists()
+
+
 def test_a_run_killed_after_the_training_goes_on_from_there(
     secateur, checkpoint_folder, text_file, tmp_path, monkeypatch
 ):

@@ -25,7 +25,7 @@ from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Gate, Random, Taylor
 from secateur.importance.summary import summary
 from secateur.methods import auto, llm_pruner
-from secateur.pipeline.before_cut import adapt
+from secateur.pipeline.before_cut import adapt, adapted_steps
 from secateur.pipeline.protecting import Protection, protection
 from secateur.pipeline.reporting import check_reporting
 from secateur.pipeline.results import (
@@ -91,7 +91,8 @@ def prune(
         if plan is None:
             used = PruningPlan(used.kept, used.units, {**used.provenance, **results["protocol"]})
         write_checked(small, folder, source, results, used)
-    shutil.rmtree(work, ignore_errors=True)
+    if adapted_steps(results):  # else what lies there is of another run
+        shutil.rmtree(work, ignore_errors=True)
     return results
 
 
