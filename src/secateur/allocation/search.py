@@ -95,13 +95,13 @@ def together(families: Sequence[Family], chosen: Sequence[Curve], wanted: float,
         parts = [[_removed(f, n) for f, n in zip(families, counts, strict=True)] for counts in solutions]
         return measure([{name: units for part in cut for name, units in part.items()} for cut in parts])
 
-    random, number = np.random.default_rng(0), len(families)
-    best = np.zeros(number)
+    generator, many = np.random.default_rng(0), len(families)
+    best = np.zeros(many)
     kept = solution(best)
     (least,) = losses([kept])
     for _ in range(GENERATIONS):
-        changes = random.normal(0, SPREAD, (TRIALS, number))
-        changes[::2] *= random.random((len(changes[::2]), number)) < max(FEW, 2 / number)
+        changes = generator.normal(0, SPREAD, (TRIALS, many))
+        changes[::2] *= generator.random(changes[::2].shape) < max(FEW, 2 / many)
         found = [solution(best + change) for change in changes]
         measured = losses(found)
         first = int(np.argmin(measured))

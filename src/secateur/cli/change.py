@@ -197,15 +197,7 @@ def prune(
         assert method is not None
         unknown = {name: value for name, value in tuning.items() if name not in METHOD_OPTIONS[method]}
         no_use(
-            method,
-            {
-                **unknown,
-                **scoring,
-                **calibrating,
-                "plan": plan,
-                "recover_steps": recover_steps,
-                **afterwards,
-            },
+            method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps, **afterwards}
         )
         recovery: dict[str, Any] | None = {"data": data, **watching, **training, **reading, **checkpointing}
     else:

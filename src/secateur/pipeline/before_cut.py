@@ -31,14 +31,16 @@ def adapt(source: Checkpoint, recipe: Recipe, results: Results, work: Path, resu
         return source
     corpora, tokenizer = training_corpora(recipe), needs_tokenizer(source)
     wanted = recovery_settings(recipe.recovery, recipe.seed)
-    steps = round(recipe.prune.adapt * training_data(corpora, tokenizer, wanted).steps)
+    whole = training_data(corpora, tokenizer, wanted)
+    steps = round(recipe.prune.adapt * whole.steps)
     if not steps:
         return source
     settings = replace(
         wanted, steps=steps, mix="proportional", distill=None, eval_every=None, report_to=(), seed=wanted.seed + SEED
     )
+    pooled = training_data(corpora, tokenizer, settings) if whole.sources else replace(whole, steps=steps)
     clock.begin("adapt")
-    outcome = recover(source.model, tokenizer, corpora, settings, work, resume=resume, in_place=True)
+    outcome = recover(source.model, tokenizer, pooled, settings, work, resume=resume, in_place=True)
     adapted = replace(source, model=outcome.model)
     clock.begin("evaluate_adapted")
     add_stage(results, "adapted", source, adapted.model, recipe.evaluation)
