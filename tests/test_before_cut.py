@@ -37,12 +37,13 @@ def test_both_parts_together_are_as_many_steps_as_asked_for(secateur, flags, tmp
 
 
 def test_auto_takes_a_tenth_and_others_none(secateur, flags, tmp_path):
-    for name, steps in (("auto", 1), ("llm-pruner", 0)):
-        code, _, err = secateur(*flags, "-o", tmp_path / name, "--method", name)
-        assert code == 0, err
-        results = json.loads((tmp_path / name / "results.json").read_text())
-        assert results.get("adapted", {}).get("steps", 0) == steps
-        assert results["recovery"]["settings"]["steps"] == STEPS - steps
+    code, _, err = secateur(*flags, "-o", tmp_path / "a")
+    assert code == 0, err
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert results["adapted"]["steps"] == 1 and results["recovery"]["settings"]["steps"] == STEPS - 1
+    for name, share in (("auto", 0.1), ("llm-pruner", 0)):
+        recipe = {"model": {"source": "demo"}, "method": name, "prune": {"param_sparsity": 0.2}}
+        assert parse_recipe(recipe).prune.adapt == share
     paper = {"model": {"source": "demo"}, "method": "loraprune", "recovery": {"data": ["x"]}}
     with pytest.raises(RecipeError, match="adapt trains before a cut, and loraprune trains all along"):
         parse_recipe(paper | {"prune": {"param_sparsity": 0.2, "adapt": 0.1}})

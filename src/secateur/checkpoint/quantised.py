@@ -26,6 +26,7 @@ QUANTISERS: Mapping[Quantiser, tuple[str, str]] = {
     "int8": ("torchao", "weight-only int8"),
 }
 WIDTHS: Mapping[Quantiser, int] = {"4bit": 64}  # what widths must be multiples of; on a GPU other ones do, on a CPU not
+CPU_SIZES: Mapping[Quantiser, tuple[int, int]] = {"4bit": (64, 32)}  # multiples that inputs and outputs must be there
 
 
 def quantisation(config: PreTrainedConfig) -> str | None:
@@ -81,6 +82,8 @@ def quantised_copy(model: PreTrainedModel, name: Quantiser) -> PreTrainedModel:
     packing = _savable(name)
     with _saved(model) as folder:
         try:
+            for inputs, outputs in _sizes(model):
+                _multiply(name, inputs, outputs, model.dtype, model.device)
             packed: PreTrainedModel = type(model).from_pretrained(
                 folder, dtype=model.dtype, quantization_config=packing, device_map={"": model.device}
             )
@@ -104,13 +107,7 @@ def check_packable(model: PreTrainedModel, name: Quantiser, device: torch.device
     """
     library, _ = QUANTISERS[name]
     _savable(name)
-    head = model.get_output_embeddings()
-    paths: dict[tuple[int, int], str] = {}
-    for path, module in model.named_modules():
-        if module is not head and (columns := input_dim(module)) is not None:
-            shape = module.weight.shape
-            paths.setdefault((shape[columns], shape[1 - columns]), path)
-    for (inputs, outputs), path in paths.items():
+    for (inputs, outputs), path in _sizes(model).items():
         try:
             _multiply(name, inputs, outputs, model.dtype, device)
         except Exception as error:  # kernels refuse sizes in ways of their own
@@ -131,8 +128,27 @@ def _savable(name: Quantiser) -> Any:
     return quantiser(name)
 
 
+def _sizes(model: PreTrainedModel) -> dict[tuple[int, int], str]:
+    """Inputs and outputs of the linear modules that are packed -> path of the first of that size."""
+    head = model.get_output_embeddings()
+    paths: dict[tuple[int, int], str] = {}
+    for path, module in model.named_modules():
+        if module is not head and (columns := input_dim(module)) is not None:
+            shape = module.weight.shape
+            paths.setdefault((shape[columns], shape[1 - columns]), path)
+    return paths
+
+
 def _multiply(name: Quantiser, inputs: int, outputs: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Pack a matrix of zeros in the way of `quantiser`, and multiply by it."""
+    """Pack a matrix of zeros in the way of `quantiser`, and multiply by it.
+
+    Raises:
+        ValueError: bitsandbytes' kernel for AVX512-BF16 refuses these sizes. Other processors take them, but what is
+            packed on one of those must load elsewhere, too.
+    """
+    if device.type == "cpu" and name in CPU_SIZES and (inputs % CPU_SIZES[name][0] or outputs % CPU_SIZES[name][1]):
+        multiples = "{} inputs and {} outputs".format(*CPU_SIZES[name])
+        raise ValueError(f"processors with AVX512-BF16 take multiples of {multiples}, not {inputs} and {outputs}")
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     if name == "8bit":
