@@ -7,8 +7,9 @@ Of every source a part is set aside and never trained on; perplexities are measu
 Every row trains adapters for the same number of steps of the same size:
 
     llm-pruner  first-order Taylor cut, then recovery on all sources pooled (static)
-    auto        our method's cut after a tenth of the steps (`adapt`), then the rest of them; settings of it may follow
-                after a colon, and `distill=0.9`, the weight of learning from the dense model
+    auto        our method's cut after a tenth of the steps (`adapt`), then the rest of them, norms and embeddings
+                trained whole beside the adapters; settings of it may follow after a colon, and `distill=0.9`, the
+                weight of learning from the dense model
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
     lorashear-random  the same with units drawn at random in each period
@@ -55,7 +56,8 @@ from secateur.recovery import RecoverySettings, sources, train, with_adapters
 from secateur.recovery.gradual import GradualPruning
 
 METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear:push=linear")
-CALIBRATION_OF_AUTO, ADAPT = 128, 0.1  # sequences, and share of the steps before the cut: its defaults
+# defaults of auto: sequences, share of the steps before the cut, what trains whole beside the adapters
+CALIBRATION_OF_AUTO, ADAPT, ALSO_TRAIN = 128, 0.1, ("norms", "embeddings")
 KNOWLEDGE, DYNAMIC = "+knowledge", "-dynamic"
 OF_THE_RECOVERY = {field.name for field in fields(RecoverySettings)} | {"held_out_most"}
 
@@ -149,7 +151,8 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     name, dynamic, knows, pruning_given, recovery_given = parsed(method)
     held_out = recovery_given.pop("held_out_most", sources.HELD_OUT_MOST)
     mix, protect = "dynamic" if dynamic else "proportional", case.protect if knows else ()
-    model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **recovery_given})
+    whole = {"also_train": ALSO_TRAIN} if name == "auto" else {}
+    model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **whole, **recovery_given})
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, "HELD_OUT_MOST", held_out):
         if name == "auto":
             small = ours(case, model, sparsity, settings, pruning_given, Path(folder))

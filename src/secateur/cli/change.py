@@ -109,6 +109,10 @@ def prune(
     distill: Annotated[
         bool | None, typer.Option("--distill", help="Recover from the model as it was before the cut, too.")
     ] = None,
+    also_train: Annotated[
+        str | None,
+        typer.Option(help="Recover whole beside adapters: norms,embeddings or none; auto takes both."),
+    ] = None,
     report_to: ReportTo = None,
     no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,
     steps: Annotated[int | None, typer.Option(help="While training: optimizer steps.")] = None,
@@ -165,7 +169,7 @@ def prune(
     reading = {"field": field, "seq_len": seq_len}
     checkpointing = {"gradient_checkpointing": gradient_checkpointing}
     watching = {"mix": mix, "report_to": report_to}
-    afterwards, before = {"distill": distill}, {"adapt": adapt}
+    afterwards, before = {"distill": distill, "also_train": parts_of(also_train)}, {"adapt": adapt}
     calibrating = {"source": calibration, "samples": samples}
     scoring: dict[str, Any] = {
         "mode": mode,

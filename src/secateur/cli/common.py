@@ -52,6 +52,11 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
     return {k: _given(v) if isinstance(v, dict) else v for k, v in values.items() if v is not None}
 
 
+def parts_of(also_train: str | None) -> list[str] | None:
+    """`norms,embeddings` -> [norms, embeddings]; `none` -> []; what is not given stays so."""
+    return also_train and ([] if also_train == "none" else also_train.split(","))
+
+
 def told_where(output: Path) -> None:
     """Say where the result lies, and what makes a page of it."""
     out.print(f"written to {output}; `secateur report {output}` makes a page of it", soft_wrap=True)

@@ -18,6 +18,7 @@ from secateur.cli.common import (
     Seed,
     Text,
     Trust,
+    parts_of,
     print_results,
     recipe_of,
     told_where,
@@ -72,6 +73,9 @@ def recover(
     targets: Annotated[
         str | None, typer.Option(help="Module names to adapt, with commas; default: all linear.")
     ] = None,
+    also_train: Annotated[
+        str | None, typer.Option(help="What trains whole beside the adapters: norms,embeddings; nothing if not given.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -124,6 +128,7 @@ def recover(
                 "alpha": alpha,
                 "dropout": dropout,
                 "targets": targets.split(",") if targets else None,
+                "also_train": parts_of(also_train) or [],
                 "epochs": epochs,
                 "steps": steps,
                 "learning_rate": learning_rate,

@@ -18,6 +18,7 @@ from secateur.config.sections import (
     PruneSettings,
     Section,
     TuneSettings,
+    recovery_of_auto,
     with_defaults_of_auto,
 )
 from secateur.errors import RecipeError
@@ -55,7 +56,11 @@ class Recipe(Section):
         name = method.get("name", AUTO) if isinstance(method, Mapping) else method
         if name != AUTO or not isinstance(prune, Mapping):
             return data
-        return {**data, "prune": with_defaults_of_auto(prune)}
+        found = {**data, "prune": with_defaults_of_auto(prune)}
+        recovery = data.get("recovery")
+        if isinstance(recovery, Mapping) and prune.get("mode", "block-wise") == "block-wise":
+            found["recovery"] = recovery_of_auto(recovery)
+        return found
 
     @model_validator(mode="after")
     def _search_of_auto(self) -> Recipe:
@@ -83,7 +88,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _after_the_cut(self) -> Recipe:
         if self.recovery is not None and not self.recovers:
-            for name in ("distill", "full_weights"):
+            for name in ("distill", "full_weights", "also_train"):
                 if getattr(self.recovery, name):
                     what = "tune" if self.tune is not None else self.method.name
                     raise ValueError(

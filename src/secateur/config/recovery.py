@@ -53,6 +53,7 @@ class RecoverSettings(Section):
     alpha: float = Field(16, gt=0)
     dropout: float = Field(0.05, ge=0, lt=1)
     targets: tuple[str, ...] | None = None
+    also_train: tuple[Literal["norms", "embeddings"], ...] = ()
     learning_rate: float = Field(1e-4, gt=0)
     epochs: float = Field(2.0, gt=0)
     steps: int | None = Field(None, ge=1)
@@ -80,7 +81,7 @@ class RecoverSettings(Section):
 
     @model_validator(mode="after")
     def _adapters_or_not(self) -> RecoverSettings:
-        for name in ("rank", "alpha", "dropout", "targets") if self.full_weights else ():
+        for name in ("rank", "alpha", "dropout", "targets", "also_train") if self.full_weights else ():
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is for adapters, and full_weights trains none: leave out one of the two")
         return self

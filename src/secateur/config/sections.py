@@ -245,6 +245,11 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def recovery_of_auto(recovery: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a section `recovery` with what `auto` takes where they say nothing."""
+    return dict(recovery) if recovery.get("full_weights") else {"also_train": ["norms", "embeddings"], **recovery}
+
+
 class ComponentSettings(Section):
     """Which components of an adapter go, and how the others change; see `importance.components.ComponentCriterion`."""
 

@@ -7,7 +7,6 @@ import copy
 import logging
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from secateur.data import Corpus
-from secateur.errors import DataError, RecipeError, first_line
+from secateur.errors import DataError, RecipeError
 from secateur.packed import refuse_packed
+from secateur.recovery.adapters import with_adapters
+from secateur.recovery.also_trained import in_float32
 from secateur.recovery.callbacks import (
     WHOLE,
     EndAtLastStep,
@@ -34,7 +35,6 @@ from secateur.recovery.gradual import GradualPruning
 from secateur.recovery.reporting import PROJECT, ReportFigures, check_reporters, logs_in, own_entries
 from secateur.recovery.rounds import Rounds, check_pooled, mix_record
 from secateur.recovery.settings import RecoverySettings
-from secateur.recovery.targets import Targets, all_targets, read_directly
 from secateur.recovery.training_data import TrainingData, training_data
 
 if TYPE_CHECKING:
@@ -96,9 +96,10 @@ def recover(
     own: Any = model if in_place else copy.deepcopy(model)
     use_cache = getattr(model.config, "use_cache", True)
     trained = _with_all_weights(own, settings) if settings.full_weights else with_adapters(own, settings)
-    log, seconds = train(
-        trained, tokenizer, data, settings, Path(output), evaluate=evaluate, dense=dense, resume=resume
-    )
+    with in_float32(trained):
+        log, seconds = train(
+            trained, tokenizer, data, settings, Path(output), evaluate=evaluate, dense=dense, resume=resume
+        )
     adapter = None if settings.full_weights else Path(output) / "adapter"
     if adapter is not None:
         trained.save_pretrained(adapter)
@@ -215,44 +216,6 @@ def _with_all_weights(model: PreTrainedModel, settings: RecoverySettings) -> Pre
     set_seed(settings.seed)
     model.requires_grad_(True)
     return model
-
-
-def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts: bool = True) -> PeftModel:
-    """The model itself with fresh LoRA adapters, everything else frozen.
-
-    Args:
-        experts: adapt the matrices of stacked experts, too.
-
-    Raises:
-        RecipeError: the targets asked for are not there or cannot carry adapters.
-    """
-    from peft import LoraConfig, get_peft_model
-    from peft.tuners.tuners_utils import check_target_module_exists
-    from transformers import set_seed
-
-    set_seed(settings.seed)
-    chosen = Targets(list(settings.targets), []) if settings.targets else all_targets(model)
-    stacked = chosen.parameters if experts else []
-    lora = LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=0.0 if stacked else settings.dropout,
-        target_parameters=stacked or None,
-        target_modules=chosen.modules,
-        task_type="CAUSAL_LM",
-    )
-    if settings.targets and (passed_by := [n for n in read_directly(model) if check_target_module_exists(lora, n)]):
-        raise RecipeError(
-            f"{passed_by[0]} cannot carry an adapter: the module around it takes its weight without calling it; "
-            "leave it out of --targets (recovery.targets)"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft tells what fan_in_fan_out it sets for Conv1D
-            return get_peft_model(model, lora)
-    except ValueError as error:
-        asked = f"--targets {','.join(settings.targets)}" if settings.targets else "adapters for every linear module"
-        raise RecipeError(f"{asked}: peft refuses: {first_line(error)}") from error
 
 
 def _arguments(settings: RecoverySettings, steps: int, output: Path, dtype: torch.dtype) -> TrainingArguments:

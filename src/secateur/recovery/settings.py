@@ -10,6 +10,7 @@ from secateur.errors import RecipeError
 from secateur.recovery.reporting import Reporter
 
 Mix = Literal["proportional", "uniform", "dynamic"]
+AlsoTrained = Literal["norms", "embeddings"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class RecoverySettings:
         alpha: numerator of the LoRA scale `alpha / rank`.
         dropout: on the adapters' input; none where stacked experts are adapted, for which peft knows no dropout.
         targets: module names, or what they end with; None adapts whatever can be (`all_targets`).
+        also_train: what trains whole beside the adapters: `norms`, `embeddings` (and the output head).
         learning_rate: peak, after a linear warm-up; falls linearly to 0.
         epochs: passes over the data, unless `steps` says otherwise.
         steps: optimizer steps.
@@ -82,7 +84,7 @@ class RecoverySettings:
         round_steps: optimizer steps of a round; a tenth of all if not given.
         balance: part of a dynamic mix that follows the sizes of the sources.
         patience: rounds without improvement after which a stage of a dynamic mix ends; 0 never ends one early.
-        full_weights: train all weights instead of adapters, for which `rank` to `targets` are.
+        full_weights: train all weights instead of adapters, for which `rank` to `also_train` are.
         distill: learn from the dense model, too; None learns from the text alone.
         report_to: any of tensorboard, wandb, trackio, through the Trainer's own reports.
         seed: of initialisation, order and dropout.
@@ -92,6 +94,7 @@ class RecoverySettings:
     alpha: float = 16
     dropout: float = 0.05
     targets: Sequence[str] | None = None
+    also_train: Sequence[AlsoTrained] = ()
     learning_rate: float = 1e-4
     epochs: float = 2.0
     steps: int | None = None

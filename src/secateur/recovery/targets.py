@@ -36,7 +36,7 @@ class Targets:
 
 def all_targets(model: PreTrainedModel) -> Targets:
     """Every linear module that can carry an adapter but the output head, and the matrices of stacked experts."""
-    out = {*not_linear(model), *read_directly(model), *_shared(model)}
+    out = {*not_linear(model), *read_directly(model), *shared(model)}
     modules = [name for name in _linear(model) if name not in out]
     renamed = _renamed(model, modules)
     parameters = _wrappable(model, stacked_matrices(model)) + [f"{name}.weight" for name in renamed]
@@ -87,7 +87,7 @@ def read_directly(model: PreTrainedModel) -> list[str]:
     return sorted(name for name in set(read) if name in linear)
 
 
-def _shared(model: PreTrainedModel) -> set[str]:
+def shared(model: PreTrainedModel) -> set[str]:
     """Modules with a weight that others have too, and which merging one adapter would change for all."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

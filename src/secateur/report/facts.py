@@ -63,6 +63,7 @@ def summary(run: Run) -> str:
         what = "Then it was recovered" if name == "recovery" else "Adapters were trained meanwhile"
         what = what if run.cuts or name == "recovery" else "An adapter was trained and pruned"
         how = "all weights" if done.get("full_weights") else f"LoRA of rank {done.get('rank')}"
+        how += f", {whole} whole" if (whole := " and ".join(done.get("also_train", ()))) else ""
         how += ", distilled from the dense model" if done.get("distill") else ""
         told.append(f"{what} with {how}: {length} on {data}.")
     return " ".join(told)

@@ -212,9 +212,8 @@ def _losses(run: Run) -> Iterator[Picture]:
 
 def _training(training: Training) -> str:
     s = training.settings
-    return (
-        f"LoRA of rank {s.get('rank')}, batches of {s.get('batch_size')} sequences of up to {s.get('seq_len')} tokens"
-    )
+    whole = "".join(f", {part} whole" for part in s.get("also_train", ()))
+    return f"LoRA of rank {s.get('rank')}{whole}, batches of {s.get('batch_size')} sequences of up to {s.get('seq_len')} tokens"
 
 
 def _mix(run: Run) -> Iterator[Picture]:
