@@ -13,9 +13,8 @@ from peft import PeftModel
 from secateur.data import load_corpus
 from secateur.errors import DataError, NonFiniteError, RecipeError
 from secateur.evaluation import perplexity
-from secateur.recovery import RecoverySettings, recover
+from secateur.recovery import RecoverySettings, recover, with_adapters
 from secateur.recovery.examples import IGNORED, instruction_example, training_examples
-from secateur.recovery.lora import with_adapters
 
 QUICK = RecoverySettings(
     steps=8, batch_size=4, micro_batch_size=2, seq_len=32, learning_rate=5e-3, dropout=0.0, save_every=4

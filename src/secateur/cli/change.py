@@ -21,6 +21,7 @@ from secateur.cli.common import (
     Text,
     Trust,
     no_use,
+    parts_of,
     print_results,
     recipe_of,
     told_where,

@@ -54,7 +54,9 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 def parts_of(also_train: str | None) -> list[str] | None:
     """`norms,embeddings` -> [norms, embeddings]; `none` -> []; what is not given stays so."""
-    return also_train and ([] if also_train == "none" else also_train.split(","))
+    if also_train is None:
+        return None
+    return [] if also_train == "none" else also_train.split(",")
 
 
 def told_where(output: Path) -> None:

@@ -1,6 +1,7 @@
 """Recovery: training that gives a pruned model back what the cut cost."""
 
-from secateur.recovery.lora import LOGS, RecoveryResult, last_checkpoint, recover, train, with_adapters
+from secateur.recovery.adapters import with_adapters
+from secateur.recovery.lora import LOGS, RecoveryResult, last_checkpoint, recover, train
 from secateur.recovery.picture import draw_mix, save_mix
 from secateur.recovery.rank_picture import draw_ranks, save_ranks
 from secateur.recovery.reporting import check_reporters

@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from secateur.errors import RecipeError, first_line
-from secateur.recovery.also_trained import also_trained, tie_copies
+from secateur.recovery.also_trained import also_trained, heads_are_tied, tie_copies
 from secateur.recovery.settings import RecoverySettings
 from secateur.recovery.targets import Targets, all_targets, read_directly
 
@@ -31,13 +31,15 @@ def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts
     set_seed(settings.seed)
     chosen = Targets(list(settings.targets), []) if settings.targets else all_targets(model)
     stacked = chosen.parameters if experts else []
+    whole = also_trained(model, settings.also_train)
     lora = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0 if stacked else settings.dropout,
         target_parameters=stacked or None,
         target_modules=chosen.modules,
-        modules_to_save=also_trained(model, settings.also_train) or None,
+        modules_to_save=whole or None,
+        ensure_weight_tying=heads_are_tied(model) and "embeddings" in settings.also_train,
         task_type="CAUSAL_LM",
     )
     if settings.targets and (passed_by := [n for n in read_directly(model) if check_target_module_exists(lora, n)]):

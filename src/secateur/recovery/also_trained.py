@@ -1,7 +1,9 @@
 """What trains whole beside the adapters: norms and embeddings (LongLoRA, Chen et al. 2023, arXiv:2309.12307, 3.3).
 
-peft keeps a copy of each of these modules (`modules_to_save`) and files it with the adapter. Deviation: LongLoRA trains
-the input embeddings; here the output head goes with them, which in many models is the same matrix.
+peft keeps a copy of each of these modules (`modules_to_save`) and files it with the adapter. Deviations: LongLoRA trains
+the input embeddings; here the output head goes with them, which in many models is the same matrix. And it has one learning
+rate; here weights that train themselves take a tenth of it, as adapters want about ten times the rate that all weights do
+(Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; `docs/experiments.md` has what one rate cost).
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from secateur.recovery.settings import AlsoTrained
 from secateur.recovery.targets import shared
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
+RATE = 0.1  # of the adapters' learning rate
 LEAVE_OUT = "leave embeddings out of --also-train (recovery.also_train)"
 
 
@@ -58,10 +61,14 @@ def _embeddings(model: PreTrainedModel) -> list[str]:
         raise RecipeError(f"the embeddings are stored packed and cannot train: {LEAVE_OUT}")
     owners = {n.rpartition(".")[0] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in weights}
     if others := sorted(owner for owner in owners if not _within(owner, found)):
-        raise RecipeError(
-            f"the embeddings cannot train by themselves, as {others[0]} has the same weights: {LEAVE_OUT}"
-        )
+        raise RecipeError(f"the embeddings cannot train, as {others[0]} has the same weights: {LEAVE_OUT}")
     return found
+
+
+def heads_are_tied(model: PreTrainedModel) -> bool:
+    """Whether the output head has the embeddings' weight."""
+    weights = [getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
+    return weights[0] is not None and weights[0] is weights[1]
 
 
 def tie_copies(adapted: nn.Module) -> None:
@@ -70,6 +77,22 @@ def tie_copies(adapted: nn.Module) -> None:
     for module, copy in _copies(adapted):
         for name, weight in module.named_parameters(recurse=False):
             copy.register_parameter(name, first.setdefault(id(weight), getattr(copy, name)))
+
+
+def optimizer_with_rates(adapted: nn.Module, arguments: TrainingArguments) -> tuple[Any, dict[str, Any]] | None:
+    """The Trainer's optimizer and its settings, with a learning rate for what trains whole; None if nothing does."""
+    from transformers import Trainer
+
+    whole = {id(weight) for _, copy in _copies(adapted) for weight in copy.parameters()}
+    if not whole:
+        return None
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    trains = [weight for weight in adapted.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trains if id(weight) not in whole]},
+        {"params": [weight for weight in trains if id(weight) in whole], "lr": RATE * arguments.learning_rate},
+    ]
+    return kind, {**settings, "params": groups}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from secateur.data import Corpus
 from secateur.errors import DataError, RecipeError
 from secateur.packed import refuse_packed
 from secateur.recovery.adapters import with_adapters
-from secateur.recovery.also_trained import in_float32
+from secateur.recovery.also_trained import in_float32, optimizer_with_rates
 from secateur.recovery.callbacks import (
     WHOLE,
     EndAtLastStep,
@@ -264,6 +264,7 @@ def _trainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
+        optimizer_cls_and_kwargs=optimizer_with_rates(model, arguments),
         data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED, padding=True),
         callbacks=[EndAtLastStep(), StopOnBrokenLoss(), *([PrintLosses()] if arguments.disable_tqdm else [])],
     )
