@@ -4,7 +4,8 @@
         --output benchmarks/results/method_costs_demo.json
 
     llm-pruner      first-order Taylor cut on `--samples` sequences, then recovery
-    auto            our method's cut on its 128 sequences, then the same recovery; settings may follow after a colon
+    auto            a tenth of the steps, our method's cut on its 128 sequences, then the rest of the steps, norms and
+                    embeddings trained whole beside the adapters; settings may follow after a colon
     auto+distill    the same, recovery from the dense model, too
     loraprune       prunes while it trains, for as many steps
     lorashear       half-space steps while it trains, for as many steps
@@ -21,6 +22,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 import yaml
 from loraprune_memory import Meter
+from lorashear import ADAPT, ALSO_TRAIN
 from own_process import figures_of, passed_on
 from untuned import settings_of_auto
 
@@ -45,11 +48,12 @@ OF_AUTO = 128  # calibration sequences, its default
 PASSED_ON = ("data", "characters", "sparsity", "samples", "seq_len", "steps", "batch_size", "rank")
 
 
-def settings_of(args: argparse.Namespace, distill: bool) -> RecoverySettings:
+def settings_of(args: argparse.Namespace, method: str) -> RecoverySettings:
     return RecoverySettings(
         rank=args.rank, alpha=2 * args.rank, dropout=0.0, learning_rate=1e-2, steps=args.steps, seq_len=args.seq_len,
         batch_size=args.batch_size, micro_batch_size=args.batch_size, warmup_steps=10, save_every=10**9, seed=0,
-        distill=Distillation() if distill else None,
+        distill=Distillation() if method.endswith("+distill") else None,
+        also_train=ALSO_TRAIN if method.startswith("auto") else (),
     )  # fmt: skip
 
 
@@ -60,7 +64,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     model, data = source.model.float(), corpus_of(args)
     dense = model.num_parameters()  # before adapters are in it
     name, _, given = args.method.partition(":")
-    settings = settings_of(args, name.endswith("+distill"))
+    settings = settings_of(args, name)
     meter = Meter("cpu")
 
     def part(work: Callable[[], Any]) -> tuple[Any, dict[str, Any]]:
@@ -81,24 +85,29 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             small, trained = part(pruned)
             found = {"cut": None, "trained": trained}
         else:
-            options = dict(option.split("=") for option in given.split(",") if option)
-            cut, of_cut = part(
-                lambda: made(name, {k: yaml.safe_load(v) for k, v in options.items()}, source, data, args)
-            )
-            done, trained = part(
-                lambda: sc.recover(cut, source.tokenizer, [data], settings, Path(folder), dense=lambda: model)
-            )
-            small, found = done.model, {"cut": of_cut, "trained": trained}
+            options = {k: yaml.safe_load(v) for k, v in (o.split("=") for o in given.split(",") if o)}
+            before = round(ADAPT * args.steps) if name.startswith("auto") else 0
+
+            def recovered(from_model: Any, steps: int, **how: Any) -> Any:
+                wanted = replace(settings, steps=steps, **how)
+                return sc.recover(from_model, source.tokenizer, [data], wanted, Path(folder), dense=lambda: model).model
+
+            adapted, first = part(lambda: recovered(model, before, distill=None) if before else model)
+            cut, of_cut = part(lambda: made(name, options, adapted, source, data, args))
+            small, rest = part(lambda: recovered(cut, args.steps - before))
+            trained = {"seconds": round(first["seconds"] + rest["seconds"], 2),
+                       "peak_bytes": max(first["peak_bytes"], rest["peak_bytes"])}  # fmt: skip
+            found = {"cut": of_cut, "trained": trained}
     return found | {"reached": round(1 - small.num_parameters() / dense, 5)}
 
 
-def made(name: str, options: dict[str, Any], source: Any, data: Corpus, args: argparse.Namespace) -> Any:
-    """The model that a method cuts at once."""
+def made(name: str, options: dict[str, Any], model: Any, source: Any, data: Corpus, args: argparse.Namespace) -> Any:
+    """What is left of a model that a method cuts at once."""
     samples = args.samples if name == "llm-pruner" else OF_AUTO
     tokens = [sc.calibration_tokens(data, source.tokenizer, samples, args.seq_len, 0)]
     if name == "llm-pruner":
-        return run(source.model, tokens, LLMPruner(sc.Budget(args.sparsity), Taylor(order=1))).model
-    return auto.run(source.model, tokens, settings_of_auto(args.sparsity, options)).model
+        return run(model, tokens, LLMPruner(sc.Budget(args.sparsity), Taylor(order=1))).model
+    return auto.run(model, tokens, settings_of_auto(args.sparsity, options)).model
 
 
 def corpus_of(args: argparse.Namespace) -> Corpus:

@@ -1,9 +1,9 @@
 """What trains whole beside the adapters: norms and embeddings (LongLoRA, Chen et al. 2023, arXiv:2309.12307, 3.3).
 
-peft keeps a copy of each of these modules (`modules_to_save`) and files it with the adapter. Deviations: LongLoRA trains
-the input embeddings; here the output head goes with them, which in many models is the same matrix. And it has one learning
-rate; here weights that train themselves take a tenth of it, as adapters want about ten times the rate that all weights do
-(Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; `docs/experiments.md` has what one rate cost).
+peft keeps a copy of each of these modules (`modules_to_save`) and files it with the adapter. Two deviations. LongLoRA
+trains the input embeddings; here the output head goes with them, which in many models is the same matrix. It has one
+learning rate; here what trains whole takes a tenth of it, as adapters want about ten times the rate that weights do
+(Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"; what one rate cost is in `docs/experiments.md`).
 """
 
 from __future__ import annotations

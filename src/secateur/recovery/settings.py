@@ -67,8 +67,8 @@ class RecoverySettings:
         alpha: numerator of the LoRA scale `alpha / rank`.
         dropout: on the adapters' input; none where stacked experts are adapted, for which peft knows no dropout.
         targets: module names, or what they end with; None adapts whatever can be (`all_targets`).
-        also_train: what trains whole beside the adapters, at a tenth of their rate: `norms`, `embeddings` (and the output
-            head).
+        also_train: what trains whole beside the adapters, at a tenth of their rate: `norms`, `embeddings` (and the
+            output head).
         learning_rate: peak, after a linear warm-up; falls linearly to 0.
         epochs: passes over the data, unless `steps` says otherwise.
         steps: optimizer steps.
