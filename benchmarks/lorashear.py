@@ -53,6 +53,7 @@ from secateur.methods.llm_pruner import run as llm_pruner
 from secateur.pipeline import PACKAGES
 from secateur.pipeline.before_cut import SEED
 from secateur.recovery import RecoverySettings, sources, train, with_adapters
+from secateur.recovery.also_trained import also_trained
 from secateur.recovery.gradual import GradualPruning
 
 METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear:push=linear")
@@ -164,7 +165,10 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
                 cut, case.source.tokenizer, case.train, settings, Path(folder), dense=lambda: case.source.model
             ).model
         else:
-            adapted = with_adapters(model, settings, experts=False)
+            whole = also_trained(model, settings.also_train)
+            adapted = with_adapters(model, replace(settings, also_train=()), experts=False)
+            for part in whole:  # in place: what peft keeps copies of is not cut
+                adapted.get_base_model().get_submodule(part).requires_grad_(True)
             pruning = while_training(name, sparsity, args, protect, pruning_given)
             train(
                 adapted, case.source.tokenizer, case.train, settings, Path(folder), callbacks=[pruning],

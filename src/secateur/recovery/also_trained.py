@@ -81,18 +81,20 @@ def tie_copies(adapted: nn.Module) -> None:
 
 def optimizer_with_rates(adapted: nn.Module, arguments: TrainingArguments) -> tuple[Any, dict[str, Any]] | None:
     """The Trainer's optimizer and its settings, with a learning rate for what trains whole; None if nothing does."""
+    from peft import PeftModel
     from transformers import Trainer
 
-    whole = {id(weight) for _, copy in _copies(adapted) for weight in copy.parameters()}
+    if not isinstance(adapted, PeftModel):
+        return None
+    trains = [(name, weight) for name, weight in adapted.named_parameters() if weight.requires_grad]
+    factors, whole = (
+        [w for name, w in trains if (adapted.prefix in name) == of_adapters] for of_adapters in (True, False)
+    )
     if not whole:
         return None
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    trains = [weight for weight in adapted.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in trains if id(weight) not in whole]},
-        {"params": [weight for weight in trains if id(weight) in whole], "lr": RATE * arguments.learning_rate},
-    ]
-    return kind, {**settings, "params": groups}
+    rate = RATE * arguments.learning_rate
+    return kind, {**settings, "params": [{"params": factors}, {"params": whole, "lr": rate}]}
 
 
 @contextmanager
