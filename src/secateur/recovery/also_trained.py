@@ -93,8 +93,9 @@ def optimizer_with_rates(adapted: nn.Module, arguments: TrainingArguments) -> tu
     if not whole:
         return None
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    decay = {"weight_decay": arguments.weight_decay}  # an optimizer's own default is not the Trainer's
     rate = RATE * arguments.learning_rate
-    return kind, {**settings, "params": [{"params": factors}, {"params": whole, "lr": rate}]}
+    return kind, {**settings, "params": [{"params": factors, **decay}, {"params": whole, **decay, "lr": rate}]}
 
 
 @contextmanager
