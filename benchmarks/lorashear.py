@@ -165,9 +165,9 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
                 cut, case.source.tokenizer, case.train, settings, Path(folder), dense=lambda: case.source.model
             ).model
         else:
-            whole = also_trained(model, settings.also_train)
+            parts = also_trained(model, settings.also_train)
             adapted = with_adapters(model, replace(settings, also_train=()), experts=False)
-            for part in whole:  # in place: what peft keeps copies of is not cut
+            for part in parts:  # in place: what peft keeps copies of is not cut
                 adapted.get_base_model().get_submodule(part).requires_grad_(True)
             pruning = while_training(name, sparsity, args, protect, pruning_given)
             train(

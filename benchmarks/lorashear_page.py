@@ -53,8 +53,8 @@ def compared(found: Iterable[Data]) -> list[str]:
         "",
         "`benchmarks/lorashear.py`: every row trains on the same number of tokens; `auto` takes a tenth of its steps",
         "before the cut (`adapt`) and trains norms and embeddings beside the adapters (`also_train`), the others as",
-        "published neither. `mean` is the geometric mean over sources, `worst to dense` the largest ratio of a source's",
-        "perplexity to the dense model's; means over seeds and their standard deviations.",
+        "published neither. `mean` is the geometric mean over sources, `worst to dense` the largest ratio of a",
+        "source's perplexity to the dense model's; means over seeds and their standard deviations.",
         "",
     ]
     return [*head, *lines] if lines else []

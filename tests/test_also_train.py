@@ -15,7 +15,7 @@ from secateur.config import parse_recipe
 from secateur.data import load_corpus
 from secateur.errors import RecipeError
 from secateur.recovery import RecoverySettings, recover, with_adapters
-from secateur.recovery.also_trained import also_trained, heads_are_tied, in_float32
+from secateur.recovery.also_trained import also_trained, in_float32
 
 BOTH = ("norms", "embeddings")
 QUICK = RecoverySettings(
@@ -29,6 +29,11 @@ QUICK = RecoverySettings(
     also_train=BOTH,
 )
 IDS = torch.arange(3, 19).view(2, 8)
+
+
+def same_weight(model):
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    return getattr(ends[0], "weight", None) is ends[1].weight
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +58,27 @@ def test_what_trains_is_what_is_named():
 @pytest.mark.filterwarnings("ignore:You have requested `ensure_weight_tying`")  # GPT-2's embeddings: peft loads them
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "model_type", ["llama", "gpt2", "opt", "gemma3_text", "zamba2", "zaya", "qwen3_moe", "mamba2", "inkling_text"]
+    "model_type",
+    [
+        "llama",
+        "gpt2",
+        "opt",
+        "gemma3_text",
+        "zamba2",
+        "zaya",
+        "qwen3_moe",
+        "mamba2",
+        "inkling_text",
+        "ctrl",
+        "roberta",
+    ],
 )
 def test_merging_changes_nothing_and_peft_loads_the_same(model_type, dtype, tmp_path):
     """Norms with two outputs (Zaya), gated ones (Mamba), shared ones (Zamba, which stay), a norm within the embeddings
-    (Inkling); tied heads stay tied, and the precision is the model's afterwards."""
+    (Inkling), tied heads with a bias (CTRL) that another module may hold, too (RoBERTa). What is tied stays tied, and
+    the precision is the model's afterwards."""
     model = zoo.tiny_model(model_type).to(dtype)
-    tied = heads_are_tied(model)
+    tied = same_weight(model)
     adapted = with_adapters(copy.deepcopy(model), RecoverySettings(rank=2, dropout=0.0, also_train=BOTH)).eval()
     with in_float32(adapted):
         copies = {n: p for n, p in adapted.named_parameters() if "modules_to_save" in n}
@@ -82,7 +101,7 @@ def test_merging_changes_nothing_and_peft_loads_the_same(model_type, dtype, tmp_
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(IDS, use_cache=False).logits, wanted, rtol=0, atol=0)
     assert {p.dtype for p in merged.parameters()} == {p.dtype for p in model.parameters()}
-    assert heads_are_tied(merged) == tied
+    assert same_weight(merged) == tied
     assert set(merged.state_dict()) == set(model.state_dict())
     assert merged.config.tie_word_embeddings == model.config.tie_word_embeddings if tied else True
 
@@ -130,9 +149,21 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, tokenizer, corpus, tm
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
 
 
-def test_embeddings_that_others_share_are_refused():
-    with pytest.raises(RecipeError, match=r"as lm_head has the same weights: leave embeddings out of --also-train"):
-        with_adapters(zoo.tiny_model("roberta"), RecoverySettings(also_train=BOTH))
+def test_embeddings_that_cannot_train_are_refused():
+    model = make("llama")
+    model.get_input_embeddings = unknown
+    with pytest.raises(
+        RecipeError, match="LlamaForCausalLM does not tell which its embeddings are: leave embeddings out"
+    ):
+        with_adapters(model, RecoverySettings(also_train=BOTH))
+    with pytest.raises(
+        RecipeError, match=r"peft takes git\.encoder.layer.0.attention.output for a module of the same name"
+    ):
+        with_adapters(zoo.tiny_model("git"), RecoverySettings(also_train=("embeddings",)))
+
+
+def unknown():
+    raise NotImplementedError
 
 
 def test_recipes():
@@ -160,7 +191,7 @@ def test_the_commands(secateur, checkpoint_folder, text_file, tmp_path):
     assert code == 0, err
     results = json.loads((tmp_path / "r" / "results.json").read_text())
     assert results["recovery"]["settings"]["also_train"] == ["norms", "embeddings"]
-    assert "norms and embeddings whole" in (tmp_path / "r" / "README.md").read_text()
+    assert "norms and embeddings whole at a tenth of the rate" in (tmp_path / "r" / "README.md").read_text()
     names = {
         name for name in load_file(tmp_path / "r" / "adapter" / "adapter_model.safetensors") if "lora_" not in name
     }

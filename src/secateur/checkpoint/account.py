@@ -109,7 +109,11 @@ def _lora(run: Step) -> str:
         f"LoRA of rank {done['rank']} (alpha {done['alpha']:g}, dropout {done['dropout']:g}), merged into the weights"
     )
     whole = " and ".join(done.get("also_train", ()))
-    what = "All weights" if done.get("full_weights") else adapters + (f", and {whole} whole" if whole else "")
+    what = (
+        "All weights"
+        if done.get("full_weights")
+        else adapters + (f", and {whole} whole at a tenth of the rate" if whole else "")
+    )
     return (
         f"{what}: {length} of {done['batch_size']} sequences of up to {done['seq_len']} tokens of {data}, peak "
         f"learning rate {done['learning_rate']:g}, seed {done['seed']}.{_distilled(run)}{_mixed(run)}"

@@ -112,7 +112,7 @@ def prune(
     ] = None,
     also_train: Annotated[
         str | None,
-        typer.Option(help="Recover whole beside adapters: norms,embeddings or none; auto takes both."),
+        typer.Option(help="What recovers whole beside the adapters: norms,embeddings or none; auto takes both."),
     ] = None,
     report_to: ReportTo = None,
     no_recover: Annotated[bool, typer.Option("--no-recover", help="Do not recover (the default).")] = False,

@@ -74,7 +74,7 @@ def recover(
         str | None, typer.Option(help="Module names to adapt, with commas; default: all linear.")
     ] = None,
     also_train: Annotated[
-        str | None, typer.Option(help="What trains whole beside the adapters: norms,embeddings; nothing if not given.")
+        str | None, typer.Option(help="What trains whole beside the adapters: norms,embeddings; none if not given.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.")] = None,

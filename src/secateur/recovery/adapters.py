@@ -6,7 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from secateur.errors import RecipeError, first_line
-from secateur.recovery.also_trained import also_trained, heads_are_tied, tie_copies
+from secateur.recovery.also_trained import also_trained, peft_ties, tie_copies
 from secateur.recovery.settings import RecoverySettings
 from secateur.recovery.targets import Targets, all_targets, read_directly
 
@@ -38,8 +38,8 @@ def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts
         lora_dropout=0.0 if stacked else settings.dropout,
         target_parameters=stacked or None,
         target_modules=chosen.modules,
-        modules_to_save=whole or None,
-        ensure_weight_tying=heads_are_tied(model) and "embeddings" in settings.also_train,
+        modules_to_save=list(whole) or None,
+        ensure_weight_tying="embeddings" in settings.also_train and peft_ties(model),
         task_type="CAUSAL_LM",
     )
     if settings.targets and (passed_by := [n for n in read_directly(model) if check_target_module_exists(lora, n)]):
@@ -54,5 +54,5 @@ def with_adapters(model: PreTrainedModel, settings: RecoverySettings, *, experts
     except ValueError as error:
         asked = f"--targets {','.join(settings.targets)}" if settings.targets else "adapters for every linear module"
         raise RecipeError(f"{asked}: peft refuses: {first_line(error)}") from error
-    tie_copies(adapted)
+    tie_copies(adapted, whole)
     return adapted

@@ -8,7 +8,7 @@ learning rate; here what trains whole takes a tenth of it, as adapters want abou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
 RATE = 0.1  # of the adapters' learning rate
+ROOT = "base_model.model."  # what peft puts before names
 LEAVE_OUT = "leave embeddings out of --also-train (recovery.also_train)"
 
 
@@ -30,7 +31,7 @@ def also_trained(model: PreTrainedModel, parts: Sequence[AlsoTrained]) -> list[s
     """Full names of the modules that train whole.
 
     Raises:
-        RecipeError: the embeddings cannot: another module has the same weights, or they are stored packed.
+        RecipeError: the embeddings cannot, as the class does not name them, has them in several places, or packed.
     """
     embeddings = _embeddings(model) if "embeddings" in parts else []
     norms = _norms(model) if "norms" in parts else []
@@ -54,29 +55,51 @@ def _holds_vectors(module: nn.Module) -> bool:
 
 def _embeddings(model: PreTrainedModel) -> list[str]:
     """The input embeddings and the output head."""
-    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
-    found = [name for name, m in model.named_modules(remove_duplicate=False) if any(m is end for end in ends)]
-    weights = {id(p): p for end in ends for p in end.parameters()}
-    if not all(p.is_floating_point() for p in weights.values()):
+    try:
+        ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    except NotImplementedError as error:
+        raise RecipeError(f"{type(model).__name__} does not tell which its embeddings are: {LEAVE_OUT}") from error
+    if not all(p.is_floating_point() for end in ends for p in end.parameters()):
         raise RecipeError(f"the embeddings are stored packed and cannot train: {LEAVE_OUT}")
-    owners = {n.rpartition(".")[0] for n, p in model.named_parameters(remove_duplicate=False) if id(p) in weights}
-    if others := sorted(owner for owner in owners if not _within(owner, found)):
-        raise RecipeError(f"the embeddings cannot train, as {others[0]} has the same weights: {LEAVE_OUT}")
-    return found
+    places = [(id(m), name) for name, m in model.named_modules(remove_duplicate=False) if any(m is end for end in ends)]
+    if len(places) > len(dict(places)):
+        raise RecipeError(f"the embeddings cannot train: {places[0][1]} has several places in the model; {LEAVE_OUT}")
+    return [name for _, name in places]
 
 
-def heads_are_tied(model: PreTrainedModel) -> bool:
-    """Whether the output head has the embeddings' weight."""
-    weights = [getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
-    return weights[0] is not None and weights[0] is weights[1]
+def peft_ties(model: PreTrainedModel) -> bool:
+    """Whether the head and the embeddings, and no other module, have one weight, and the head nothing else: peft ties
+    that and no more."""
+    head = model.get_output_embeddings()
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if head is None or weight is None or [id(p) for p in head.parameters()] != [id(weight)]:
+        return False
+    return sum(p is weight for _, p in model.named_parameters(remove_duplicate=False)) == 2
 
 
-def tie_copies(adapted: nn.Module) -> None:
-    """Give the copies that peft keeps of modules one parameter where the modules themselves have one."""
+def tie_copies(adapted: nn.Module, names: Sequence[str]) -> None:
+    """Give the copies that peft keeps of modules one parameter where the modules themselves have one.
+
+    What modules outside share, such as the bias of a head that the module around it holds, too, trains in place.
+
+    Args:
+        names: of the modules asked for.
+
+    Raises:
+        RecipeError: peft took others with them, which it finds by the ends of their names.
+    """
+    copies = _copies(adapted)
+    wrapped = [name for name, _, _ in copies]
+    if more := [name for name in wrapped if not any(name == f"{ROOT}{asked}" for asked in names)]:
+        raise RecipeError(f"peft takes {more[0].removeprefix(ROOT)} for a module of the same name: {LEAVE_OUT}")
+    elsewhere = {id(p) for name, p in adapted.named_parameters(remove_duplicate=False) if not _within(name, wrapped)}
     first: dict[int, nn.Parameter] = {}
-    for module, copy in _copies(adapted):
+    for _, module, copy in copies:
         for name, weight in module.named_parameters(recurse=False):
-            copy.register_parameter(name, first.setdefault(id(weight), getattr(copy, name)))
+            if id(weight) in elsewhere:
+                weight.requires_grad_(True)
+                first[id(weight)] = weight
+            copy.register_parameter(name, first.setdefault(id(weight), copy.get_parameter(name)))
 
 
 def optimizer_with_rates(adapted: nn.Module, arguments: TrainingArguments) -> tuple[Any, dict[str, Any]] | None:
@@ -102,30 +125,29 @@ def optimizer_with_rates(adapted: nn.Module, arguments: TrainingArguments) -> tu
 def in_float32(adapted: nn.Module) -> Iterator[None]:
     """What trains whole is held in float32 meanwhile, as adapters are: in half precision small steps would be lost.
 
-    It takes and gives what the rest of the model computes in.
+    It takes and gives what the rest of the model computes in, and multiplies matrices in that.
     """
-    halves = [(copy, dtype) for _, copy in _copies(adapted) if (dtype := _dtype(copy)) != torch.float32]
-    hooks = []
-    for copy, dtype in halves:
-        hooks.append(copy.register_forward_pre_hook(_widen, with_kwargs=True))
-        hooks.append(copy.register_forward_hook(_Narrow(dtype)))
-    for copy, _ in halves:
-        copy.float()
+    halves = [(copy, dtype) for _, _, copy in _copies(adapted) if (dtype := _dtype(copy)) != torch.float32]
+    before = [copy.__dict__.get("forward") for copy, _ in halves]  # accelerate's, where it moves tensors
     try:
+        for copy, dtype in halves:
+            copy.forward = _computing_in(dtype, copy.forward)  # type: ignore[method-assign]
+            copy.float()
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
-        for copy, dtype in halves:
+        for (copy, dtype), forward in zip(halves, before, strict=True):
+            copy.__dict__.pop("forward", None)
+            if forward is not None:
+                copy.forward = forward  # type: ignore[method-assign]
             copy.to(dtype)
 
 
-def _copies(adapted: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
-    """Each module that trains whole, as it was, and the copy that trains."""
+def _copies(adapted: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+    """Each module that trains whole: its name, as it was, and the copy that trains."""
     from peft.utils import ModulesToSaveWrapper
 
-    wrappers = [module for module in adapted.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return [(wrapper.original_module, copy) for wrapper in wrappers for copy in wrapper.modules_to_save.values()]
+    wrappers = [(name, m) for name, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    return [(name, m.original_module, copy) for name, m in wrappers for copy in m.modules_to_save.values()]
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -138,15 +160,13 @@ def _in(dtype: torch.dtype, value: Any) -> Any:
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _widen(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return _in(torch.float32, args), {name: _in(torch.float32, value) for name, value in kwargs.items()}
+def _computing_in(dtype: torch.dtype, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward pass of a module in float32 within a model in half precision."""
 
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        wide = {name: _in(torch.float32, value) for name, value in kwargs.items()}
+        device = next(value.device.type for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        with torch.autocast(device, dtype):
+            return _in(dtype, forward(*_in(torch.float32, args), **wide))
 
-class _Narrow:
-    """A hook that gives what a module puts out in a dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return _in(self.dtype, output)
+    return computed

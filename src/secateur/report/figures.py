@@ -212,7 +212,7 @@ def _losses(run: Run) -> Iterator[Picture]:
 
 def _training(training: Training) -> str:
     s = training.settings
-    whole = "".join(f", {part} whole" for part in s.get("also_train", ()))
+    whole = f", {parts} whole" if (parts := " and ".join(s.get("also_train", ()))) else ""
     batches = f"batches of {s.get('batch_size')} sequences of up to {s.get('seq_len')} tokens"
     return f"LoRA of rank {s.get('rank')}{whole}, {batches}"
 
