@@ -9,7 +9,7 @@ from secateur.checkpoint import Checkpoint
 from secateur.config import Recipe
 from secateur.pipeline.results import Clock, Results, add_stage, needs_tokenizer
 from secateur.pipeline.training_settings import recovery_settings, training_corpora
-from secateur.recovery import recover, training_data
+from secateur.recovery import also_trained, recover, training_data
 
 SEED = 1000  # added to the recipe's, so that training goes on with other examples
 
@@ -27,7 +27,10 @@ def adapt(source: Checkpoint, recipe: Recipe, results: Results, work: Path, resu
     Raises:
         SecateurError: as for recovery.
     """
-    if recipe.recovery is None or not recipe.prune.adapt:
+    if recipe.recovery is None:
+        return source
+    also_trained(source.model, recipe.recovery.also_train)  # what cannot train is told before the cut, not after it
+    if not recipe.prune.adapt:
         return source
     corpora, tokenizer = training_corpora(recipe), needs_tokenizer(source)
     wanted = recovery_settings(recipe.recovery, recipe.seed)

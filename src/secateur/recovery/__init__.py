@@ -1,6 +1,7 @@
 """Recovery: training that gives a pruned model back what the cut cost."""
 
 from secateur.recovery.adapters import with_adapters
+from secateur.recovery.also_trained import also_trained
 from secateur.recovery.lora import LOGS, RecoveryResult, last_checkpoint, recover, train
 from secateur.recovery.picture import draw_mix, save_mix
 from secateur.recovery.rank_picture import draw_ranks, save_ranks
@@ -15,6 +16,7 @@ __all__ = [
     "RecoveryResult",
     "RecoverySettings",
     "TrainingData",
+    "also_trained",
     "check_reporters",
     "draw_mix",
     "draw_ranks",
