@@ -108,12 +108,9 @@ def _lora(run: Step) -> str:
     adapters = (
         f"LoRA of rank {done['rank']} (alpha {done['alpha']:g}, dropout {done['dropout']:g}), merged into the weights"
     )
-    whole = " and ".join(done.get("also_train", ()))
-    what = (
-        "All weights"
-        if done.get("full_weights")
-        else adapters + (f", and {whole} whole at a tenth of the rate" if whole else "")
-    )
+    if parts := done.get("also_train"):
+        adapters += f", and {' and '.join(parts)} whole at a tenth of the rate"
+    what = "All weights" if done.get("full_weights") else adapters
     return (
         f"{what}: {length} of {done['batch_size']} sequences of up to {done['seq_len']} tokens of {data}, peak "
         f"learning rate {done['learning_rate']:g}, seed {done['seed']}.{_distilled(run)}{_mixed(run)}"
