@@ -4,10 +4,10 @@
         --output benchmarks/results/untuned_stories260K.json
 
 A method is a criterion, alone or with what makes up for the cut: `gate`, `gate+ridge` (what a matrix put out before,
-with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out). Settings of the cut, or shares of
-kinds, may follow after a colon: `gate+ridge:uniform=false,ranking=global`, `gate+ridge:kv_group=0.75`. `auto` is our
-method as it comes, or with settings: `auto:uniform=true,iterations=3`, `auto:compensation=null`. Seeds draw the
-calibration text. Block-wise; uniform widths and local ranking if not said otherwise. Rows that the output holds
+with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out), `gate+ridge-halfway` (their mean).
+Settings of the cut, or shares of kinds, may follow after a colon: `gate+ridge:uniform=false,ranking=global`,
+`gate+ridge:kv_group=0.75`. `auto` is our method as it comes, or with settings: `auto:uniform=true,iterations=3`,
+`auto:compensation=dense`, `auto:compensation=null`. Seeds draw the calibration text. Block-wise; uniform widths and local ranking if not said otherwise. Rows that the output holds
 already, from the same protocol, are not repeated.
 """
 
@@ -34,7 +34,12 @@ from secateur.methods.llm_pruner import LLMPruner, run
 from secateur.pipeline import PACKAGES
 from secateur.plan import PruningPlan
 
-FORMS = {"": None, "ridge": Compensation("ridge"), "ridge-dense": Compensation("ridge", "dense")}
+FORMS = {
+    "": None,
+    "ridge": Compensation("ridge"),
+    "ridge-halfway": Compensation("ridge", "halfway"),
+    "ridge-dense": Compensation("ridge", "dense"),
+}
 METHODS = tuple(
     criterion + (f"+{form}" if form else "") for criterion in ("taylor-1", "taylor-2", "gate") for form in FORMS
 )

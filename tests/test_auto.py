@@ -62,8 +62,8 @@ def test_the_budget_is_met_and_it_is_better_than_first_order_taylor(trained, tok
     "gain, spread, chosen", [(0.5, 0.1, "per_layer"), (0.01, 0.0, "uniform"), (0.5, 3.0, "uniform")]
 )
 def test_widths_by_layer_must_be_surely_better(trained, tokens, monkeypatch, gain, spread, chosen):
-    noise = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64) * spread
-    answers = [4.0 + torch.zeros(4, dtype=torch.float64), 4.0 - gain + noise]
+    noise = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64) * spread
+    answers = [4.0 + torch.zeros(8, dtype=torch.float64), 4.0 - gain + noise]
     monkeypatch.setattr(auto, "losses_of_rows", lambda model, rows: answers.pop(0))
     result = run(trained, [tokens], Auto(Budget(0.2), compensation=None))
     assert result.choice["chosen"] == chosen and result.choice["gain"] == pytest.approx(gain)
@@ -84,16 +84,37 @@ def test_each_group_takes_the_criterion_whose_cuts_cost_least(trained, tokens):
     groups = discover(trained).only(["ffn_channel", "kv_group"])
     found = {name: score(trained, groups, [tokens], CRITERIA[name]) for name in ("taylor-2", "random")}
     measure = CutLosses(trained, discover(trained), groups, [tokens])
+
+    def cost(by, some):
+        cuts = []
+        for share in (0.2, 0.4, 0.6):
+            gone = {}
+            for group in some:
+                order = found[by[group.name]][group.name].argsort(stable=True).tolist()
+                if many := round(share * (group.units - 1)):
+                    gone[group.name] = tuple(sorted(order[:many]))
+            cuts.append(gone)
+        return sum(measure(cuts))
+
+    alone = {g.name: min(found, key=lambda name, g=g: cost({g.name: name}, [g])) for g in groups}
+    choices = [alone, *(dict.fromkeys(alone, name) for name in found)]
     by = cheapest_orders(groups, found, 0.4, measure)
-    for group in groups:
-        costs = {}
-        for name, scores in found.items():
-            order = scores[group.name].argsort(stable=True).tolist()
-            cuts = [order[: round(share * (group.units - 1))] for share in (0.2, 0.4, 0.6)]
-            costs[name] = sum(measure([{group.name: tuple(sorted(cut))} if cut else {} for cut in cuts]))
-        assert costs[by[group.name]] == min(costs.values())
-    assert set(by) == {g.name for g in groups} and "taylor-2" in by.values()
+    assert by == min(choices, key=lambda choice: cost(choice, groups)) and "taylor-2" in by.values()
     assert set(cheapest_orders(groups, dict.fromkeys("ab", found["random"]), 0.4, measure).values()) == {"a"}
+
+
+def test_what_is_best_alone_gives_way_to_what_is_best_together(trained):
+    """Each group alone is cheaper by `a`, all of them by `b`."""
+    groups = discover(trained).only(["ffn_channel"])
+    falling = {g.name: torch.arange(g.units, 0, -1.0) for g in groups}
+    scores = {"a": {g.name: torch.arange(float(g.units)) for g in groups}, "b": falling}
+
+    def measure(cuts):
+        return [sum(0 in units for units in cut.values()) * (-1 if len(cut) == 1 else 1) for cut in cuts]
+
+    assert set(cheapest_orders(groups, scores, 0.4, measure).values()) == {"b"}
+    alone = cheapest_orders(groups, scores, 0.4, lambda cuts: [-sum(0 in u for u in cut.values()) for cut in cuts])
+    assert set(alone.values()) == {"a"}
 
 
 def test_scores_are_of_the_criterion_that_was_measured_to_cost_less(trained, tokens):
@@ -137,7 +158,7 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     assert code == 0, err
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert set(results["criteria"].values()) <= set(auto.TRIED) and "as cuts of each group alone" in printed
-    assert results["choice"]["sequences"] == 2 and results["compensation"] and "calibration sequences set" in printed
+    assert results["choice"]["sequences"] == 4 and results["compensation"] and "calibration sequences set" in printed
     off = ["--uniform", "--ranking", "local", "--compensate", "none", "--criterion", "taylor-1"]
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "b", *common, *off)
     assert code == 0, err
@@ -156,7 +177,7 @@ def test_a_recipe_holds_what_it_depends_on():
     assert again == recipe and recipe.method.name == "auto"
     prune = recipe.prune
     assert (prune.criterion, prune.ranking, prune.compensate, prune.compensate_target) == (
-        "measured", "search", "ridge", "dense",
+        "measured", "search", "ridge", "halfway",
     )  # fmt: skip
     assert prune.form is None and prune.calibration.samples == 128 and prune.adapt == 0.1
     paper = parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"param_sparsity": 0.2}}).prune

@@ -93,7 +93,9 @@ def test_channels_that_others_repeat_are_made_up_for_entirely(model_type):
     assert (found - dense).norm() < 0.01 * (plain - dense).norm()
 
 
-@pytest.mark.parametrize("how", [Compensation(), Compensation(target="dense"), Compensation("bias")])
+@pytest.mark.parametrize(
+    "how", [Compensation(), Compensation(target="dense"), Compensation(target="halfway"), Compensation("bias")]
+)
 def test_errors_are_those_on_the_activations_and_the_model_is_restored(how):
     model = zoo.tiny_model("gpt2").double().train()
     groups, batch = discover(model), ids(8)
@@ -106,7 +108,7 @@ def test_errors_are_those_on_the_activations_and_the_model_is_restored(how):
         for made in done:
             module, dense = model.get_submodule(made.module), original.get_submodule(made.module)
             x = inputs_of(model, made.module, checked)
-            y = inputs_of(original, made.module, checked) if how.target == "dense" else x
+            y = x + how.dense_share * (inputs_of(original, made.module, checked) - x)
             shift = module.bias - dense.bias
             wanted, found = y @ dense.weight, x @ module.weight + shift
             error = float((wanted - found).square().sum() / wanted.square().sum())
@@ -117,6 +119,27 @@ def test_errors_are_those_on_the_activations_and_the_model_is_restored(how):
             assert made.after <= made.before + 1e-12
     assert [c.module for c in done] == [f"transformer.h.{i}.{m}.c_proj" for i in range(2) for m in ("attn", "mlp")]
     assert model.training and all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+def test_halfway_is_the_mean_of_what_the_two_targets_give():
+    """Of each matrix, at the inputs that it has by then."""
+    model = zoo.tiny_model("llama").double()
+    groups, batch = discover(model), ids(3)  # so few that lambda is not chosen
+    plan = plan_of(groups, groups.kinds_in_blocks())
+    dense = copy.deepcopy(model).eval()
+    with compensated(model, plan, [batch], Compensation(target="halfway")) as done:
+        for made in done:
+            x, y = inputs_of(model, made.module, batch), inputs_of(dense, made.module, batch)
+            weight, found = dense.get_submodule(made.module).weight, model.get_submodule(made.module).weight
+            keep = found.abs().sum(0) > 0
+            own = x[:, keep].T @ x[:, keep]
+            damped = own + ALONE * own.diagonal().mean() * torch.eye(len(own)).double()
+            answers = []
+            for z in (x, y):
+                missing = (z @ weight.T - x[:, keep] @ weight[:, keep].T).T @ x[:, keep]
+                answers.append(weight[:, keep] + missing @ torch.linalg.inv(damped))
+            assert torch.allclose(found[:, keep], (answers[0] + answers[1]) / 2, rtol=1e-5, atol=1e-8)
+    assert len(done) > 2
 
 
 def test_one_sequence_chooses_no_strength():

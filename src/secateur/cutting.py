@@ -55,14 +55,15 @@ def cut(
 ) -> tuple[PreTrainedModel, Sequence[Compensated]]:
     """The model without the units that a plan removes, compensated or not; `model` is left as it was.
 
-    If the plan cuts the hidden dimension, matrices are solved for the target `dense` in the cut model, those that read
-    that dimension among them; all else is solved in `model` before it is cut, where they stay as they are.
+    If the plan cuts the hidden dimension and the target is `dense` or `halfway`, matrices are solved for `dense` in the
+    cut model, those that read that dimension among them; all else is solved in `model` before it is cut, where they
+    stay as they are.
     """
     if compensation is None:
         on_step("cut")
         return slice(model, plan, groups), ()
     groups = groups or discover(model)
-    if compensation == Compensation("ridge", "dense") and cuts_hidden(plan, groups):
+    if compensation.form == "ridge" and compensation.dense_share and cuts_hidden(plan, groups):
         on_step("cut")
         small = slice(model, plan, groups)
         on_step("compensate")

@@ -1,4 +1,4 @@
-"""Which of several orders to cut a group's units in: the one that was measured to cost less."""
+"""Which of several orders to cut units in: what was measured to cost least, group by group and then as a whole."""
 
 from __future__ import annotations
 
@@ -11,29 +11,53 @@ from secateur.allocation.search import Measure
 from secateur.groups import Group
 
 PARTS = (1 / 2, 1, 3 / 2)  # of the share that is to go: a group may lose less or more of its units
+By = dict[str, str]  # group -> criterion
 
 
 def cheapest_orders(
     groups: Sequence[Group], scores: Mapping[str, Mapping[str, Tensor]], share: float, measure: Measure
-) -> dict[str, str]:
-    """Group -> the criterion by whose order cuts of that group alone cost least, summed over `PARTS` of a share.
+) -> By:
+    """The criterion by whose order each group is to be cut.
+
+    1. Of each group, the one by whose order cuts of it alone cost least, summed over `PARTS` of a share.
+    2. What is best alone need not be best where all is cut, so that cuts of all groups are measured as well, by these
+       orders and by each criterion for all groups: the cheapest counts.
 
     Args:
         scores: criterion -> group -> importance [units]; of equal costs the first criterion counts.
         share: of the units that may go, about as many as the budget wants.
         measure: the loss without some units [nats per token].
     """
-    shares = [min(1.0, part * share) for part in PARTS]
-    asked = [(g, name, _lowest(g, scores[name][g.name], part)) for g in groups for name in scores for part in shares]
-    losses = measure([{g.name: units} if units else {} for g, _, units in asked])
-    costs: dict[str, dict[str, float]] = {g.name: dict.fromkeys(scores, 0.0) for g in groups}
+    alone = _cheapest_alone(groups, scores, share, measure)
+    choices = [alone, *(dict.fromkeys(alone, name) for name in scores)]
+    shares = [part * share for part in PARTS]
+    cuts = [_lowest(groups, scores, by, part) for by in choices for part in shares]
+    losses = measure(cuts)
+    costs = [sum(losses[i : i + len(shares)]) for i in range(0, len(losses), len(shares))]
+    return choices[costs.index(min(costs))]
+
+
+def _cheapest_alone(
+    groups: Sequence[Group], scores: Mapping[str, Mapping[str, Tensor]], share: float, measure: Measure
+) -> By:
+    """Step 1."""
+    asked = [(group, name, part * share) for group in groups for name in scores for part in PARTS]
+    losses = measure([_lowest([group], scores, {group.name: name}, part) for group, name, part in asked])
+    costs: dict[str, dict[str, float]] = {group.name: dict.fromkeys(scores, 0.0) for group in groups}
     for (group, name, _), loss in zip(asked, losses, strict=True):
         costs[group.name][name] += loss
     return {group: min(found, key=lambda name: found[name]) for group, found in costs.items()}
 
 
-def _lowest(group: Group, importance: Tensor, share: float) -> tuple[int, ...]:
-    """The units of least importance, as many as a share of those that may go."""
-    may_go = [unit for unit in torch.argsort(importance, stable=True).tolist() if unit not in group.stays]
-    most = group.units - max(group.at_least, len(group.stays))
-    return tuple(sorted(may_go[: round(share * most)]))
+def _lowest(
+    groups: Sequence[Group], scores: Mapping[str, Mapping[str, Tensor]], by: By, share: float
+) -> dict[str, tuple[int, ...]]:
+    """The units of least importance of each group, as many as a share of those that may go."""
+    found = {}
+    for group in groups:
+        order = torch.argsort(scores[by[group.name]][group.name], stable=True).tolist()
+        may_go = [unit for unit in order if unit not in group.stays]
+        most = group.units - max(group.at_least, len(group.stays))
+        if gone := may_go[: round(min(1.0, share) * most)]:
+            found[group.name] = tuple(sorted(gone))
+    return found

@@ -4,14 +4,16 @@
 | --- | --- |
 | W, matrix that reads units [out, in]; K, R its columns that stay and that go | `Reader` |
 | x, input of the module in the model as it is cut before it; y, in the dense model | one pass over calibration text |
-| H = sum x x', C = sum y x' over tokens [in, in] | `Moments` |
-| W_K <- W_K + W_R H_RK (H_KK + lambda d I)^-1, d the mean of diag H_KK | `ridge`, target `current` |
-| W_K <- W_K + (W C_K - W_K H_KK) (H_KK + lambda d I)^-1 | `ridge`, target `dense` |
+| z = (1 - a) x + a y, a = 0, 1/2 or 1 | target `current`, `halfway`, `dense` |
+| H = sum x x', C = sum z x' over tokens [in, in] | `Moments` |
+| W_K <- W_K + (W C_K - W_K H_KK) (H_KK + lambda d I)^-1, d the mean of diag H_KK | `ridge` |
 | b <- b + W_R mean(x_R) (FLAP, An et al. 2023, arXiv:2312.11983, Eq. 5) | `bias`, where the module has one |
 
-The first is the least-squares answer to "put out what you put out before", damped: with a large lambda the columns that
-stay are left as they are, so that the worst choice is no compensation. (Shrinking towards W_K instead of zero is ours.)
-With the target `dense` it is "put out what the dense model would", errors of earlier layers repaired, too.
+With a = 0 it is the least-squares answer to "put out what you put out before", damped: with a large lambda the columns
+that stay are left as they are, so that the worst choice is no compensation. (Shrinking towards W_K instead of zero is
+ours.) With a = 1 it is "put out what the dense model would", errors of earlier layers repaired, too; but what cannot be
+repaired shrinks the results, layer after layer, which costs more than it brings where much is cut. Halfway was better
+than both (Arai and Ichikawa 2025, arXiv:2504.09629, have the same a for matrices that are rounded).
 
 Modules are taken in the order in which the model calls them. Of each matrix lambda is the one of `STRENGTHS` whose
 answer on three quarters of the sequences errs least on the last quarter; the answer is then computed on all of them.

@@ -57,8 +57,8 @@ def compensated(
         shown = track(readers, "compensating", console=Console(file=sys.stderr), transient=True)
         for number, reader in enumerate(shown):
             x_of = partial(inputs, model, reader.module, len(reader.keep))
-            y_of = partial(_in_dense, readers[:number], x_of) if how.target == "dense" else None
-            done.append(reader.solve(*moments(reader, batches, x_of, y_of), how))
+            y_of = partial(_in_dense, readers[:number], x_of) if how.dense_share else None
+            done.append(reader.solve(*moments(reader, batches, x_of, y_of, how.dense_share), how))
         yield done
     finally:
         for reader in readers:

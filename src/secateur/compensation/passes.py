@@ -81,13 +81,14 @@ def in_order(model: PreTrainedModel, modules: Mapping[str, nn.Module], batches: 
 
 
 def moments(
-    reader: Reader, batches: Sequence[Tensor], x_of: Inputs, y_of: Inputs | None
+    reader: Reader, batches: Sequence[Tensor], x_of: Inputs, y_of: Inputs | None, dense_share: float = 1.0
 ) -> tuple[Moments, Moments | None]:
     """Sums over the sequences that fit, and over those that choose lambda (None if there are too few).
 
     Args:
         x_of: gives the inputs that the module has.
-        y_of: gives those that its results are to be made from, None if they are the same.
+        y_of: gives those that it has in the dense model, None if these are no target.
+        dense_share: of the latter in what its results are to be made from; below 1 both have the same width.
 
     Raises:
         PlanError: y has other tokens than x.
@@ -100,13 +101,15 @@ def moments(
         number += len(batch)
         for part, rows in zip(parts, (batch[~chooses], batch[chooses]), strict=True):
             part += [some for some in rows.split(AT_ONCE) if len(some)]
-    sums = [_summed(reader, part, x_of, y_of) if part else None for part in parts]
+    sums = [_summed(reader, part, x_of, y_of, dense_share) if part else None for part in parts]
     assert sums[0] is not None
     return sums[0], sums[1]
 
 
 @torch.no_grad()
-def _summed(reader: Reader, batches: Sequence[Tensor], x_of: Inputs, y_of: Inputs | None) -> Moments:
+def _summed(
+    reader: Reader, batches: Sequence[Tensor], x_of: Inputs, y_of: Inputs | None, dense_share: float
+) -> Moments:
     ins, dense_ins = len(reader.keep), reader.target.shape[1]
     weight = reader.weight
     wide, device = torch.promote_types(weight.dtype, torch.float32), weight.device
@@ -127,8 +130,9 @@ def _summed(reader: Reader, batches: Sequence[Tensor], x_of: Inputs, y_of: Input
                     f"{reader.path} sees other tokens in the dense model, so its results there are no target: take the "
                     "target current"
                 )
-            cross += y.T @ x
-            wanted += y.T @ y
+            z = y if dense_share == 1 else torch.lerp(x, y, dense_share)
+            cross += z.T @ x
+            wanted += z.T @ z
     if not torch.isfinite(own).all():
         raise NonFiniteError(f"the inputs of {reader.path} are not finite; check the calibration data and the dtype")
     return Moments(own, cross, wanted, total / max(1, tokens), tokens)

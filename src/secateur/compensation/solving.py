@@ -21,13 +21,18 @@ class Compensation:
 
     Attributes:
         form: `ridge` changes the columns that stay, `bias` only the bias.
-        target: what a module is to put out: what it put out before with inputs as they are now (`current`), or what the
-            dense model's module puts out (`dense`, twice the time). Matrices that read the hidden dimension are solved
-            for `dense` alone.
+        target: what a module is to put out: what it put out before with inputs as they are now (`current`), what the
+            dense model's module puts out (`dense`), or the mean of the two (`halfway`); with the last two it takes
+            twice the time. Matrices that read the hidden dimension are solved for `dense` in any case.
     """
 
     form: Literal["ridge", "bias"] = "ridge"
-    target: Literal["current", "dense"] = "current"
+    target: Literal["current", "halfway", "dense"] = "current"
+
+    @property
+    def dense_share(self) -> float:
+        """Of the dense model's results in the target."""
+        return {"current": 0.0, "halfway": 0.5, "dense": 1.0}[self.target]
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Reader:
         path: of the module.
         module: itself.
         keep: which of its inputs stay [in].
-        target: the matrix whose results with inputs y [tokens, n] are wanted [out, n]; its own if not set.
+        target: the matrix whose results with inputs z [tokens, n] are wanted [out, n]; its own if not set.
     """
 
     def __init__(self, path: str, module: nn.Module, keep: Tensor) -> None:
@@ -115,12 +120,12 @@ class Reader:
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over tokens: of the inputs x that a module has, and of those y that its results are to be made from.
+    """Sums over tokens: of the inputs x that a module has, and of those z that its results are to be made from.
 
     Attributes:
         own: sum of x x' [in, in].
-        cross: sum of y x' [n, in]; for the target `current` y is x.
-        wanted: sum of y y' [n, n].
+        cross: sum of z x' [n, in]; for the target `current` z is x.
+        wanted: sum of z z' [n, n].
         mean: of x [in].
         tokens: how many.
     """
@@ -137,12 +142,12 @@ class Moments:
         return Moments(self.own + other.own, self.cross + other.cross, self.wanted + other.wanted, mean, tokens)
 
     def error(self, dense: Tensor, answer: Tensor, shift: Tensor | None = None) -> float:
-        """Sum of (W y - W' x - shift)^2 over the sum of (W y)^2.
+        """Sum of (W z - W' x - shift)^2 over the sum of (W z)^2.
 
         Args:
             dense: W [out, n].
             answer: W' [out, in].
-            shift: added to the results, for inputs y = x [out].
+            shift: added to the results, for inputs z = x [out].
         """
         own, cross, wanted = self.own.double(), self.cross.double(), self.wanted.double()
         size = float(((dense @ wanted) * dense).sum())

@@ -170,7 +170,7 @@ class PruneSettings(Section):
     layer_choice: Literal["importance", "first"] = "importance"
     quantize_output: Literal["8bit", "4bit"] | None = None
     compensate: Literal["none", "ridge", "bias"] = "none"
-    compensate_target: Literal["current", "dense"] = "current"
+    compensate_target: Literal["current", "halfway", "dense"] = "current"
 
     @property
     def form(self) -> bool | None:
@@ -214,7 +214,7 @@ class PruneSettings(Section):
 
     @model_validator(mode="after")
     def _target_of_something(self) -> PruneSettings:
-        if self.compensate_target == "dense" and self.compensate != "ridge":
+        if self.compensate_target != "current" and self.compensate != "ridge":
             raise ValueError("compensate_target is what matrices are solved for: give compensate: ridge, too")
         return self
 
@@ -238,7 +238,7 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
         defaults |= {"ranking": "search", "compensate": "ridge", "adapt": 0.1}
     found = {**defaults, **prune}
     if found.get("compensate") == "ridge":
-        found.setdefault("compensate_target", "dense")
+        found.setdefault("compensate_target", "halfway")
     calibration = prune.get("calibration", {})
     if isinstance(calibration, Mapping):
         found["calibration"] = {"source": "c4", "samples": 128, "seq_len": 128, **calibration}

@@ -7,12 +7,12 @@
 | D, loss without some units, the rest solved again [nats per token] | `evaluation.cut_losses` | measured |
 | W' of what stays, for D | `compensation.Database` | SPDY's, arXiv:2201.13096 |
 | widths | `allocation.search` | the same, for losses of the model |
-| W' of what stays, in the result | `compensation`, against the dense model | ours; ridge towards W |
+| W' of what stays, in the result | `compensation`, halfway to the dense model | ours; QEP's, arXiv:2504.09629 |
 
-1. Discover groups. Of the calibration sequences, every eighth is set aside for step 6, and a quarter of the others
+1. Discover groups. Of the calibration sequences, every fourth is set aside for step 6, and a quarter of the others
    measures D.
 2. Score the units of all groups. Of several criteria each group takes the one by whose order cuts of it alone are
-   measured to cost less.
+   measured to cost less, unless cuts of all groups cost less by one and the same criterion.
 3. Measure what every family costs alone at some of the widths that it may have, and search for the widths that cost
    least together within the budget: once with the same widths in every layer, once with widths by layer.
 4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
@@ -56,7 +56,8 @@ from secateur.surgery import expressible, mask, select
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ASIDE = 8  # one sequence of so many chooses between forms
+ASIDE = 4  # one sequence of so many chooses between forms
+FEWEST = 16  # sequences, so that there is a choice
 MEASURES = 4  # one sequence of so many of the others measures what widths cost
 TRIED = ("taylor-2", "gate")
 NAMES = {True: "uniform", False: "per_layer"}
@@ -89,7 +90,7 @@ class Auto:
     ranking: RankingName = "search"
     iterations: int = 1
     uniform: bool | None = None
-    compensation: Compensation | None = field(default_factory=lambda: Compensation("ridge", "dense"))
+    compensation: Compensation | None = field(default_factory=lambda: Compensation("ridge", "halfway"))
     workload: Workload | None = None
     round_to: int = 1
     protect_first: int = 0
@@ -163,8 +164,8 @@ def _forms(settings: Auto, sequences: int) -> tuple[tuple[bool, ...], str]:
         return (s.uniform,), ""
     if s.protect_first or s.protect_last or s.protect or s.layer_ratios:
         return (False,), "some layers are to be cut otherwise than the rest"
-    if sequences < 2 * ASIDE:
-        return (True,), f"{sequences} calibration sequences are too few to choose by, 2 x {ASIDE} would do (--samples)"
+    if sequences < FEWEST:
+        return (True,), f"{sequences} calibration sequences are too few to choose by, {FEWEST} would do (--samples)"
     return (True, False), ""
 
 
