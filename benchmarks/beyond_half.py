@@ -29,6 +29,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +44,7 @@ import secateur as sc
 from secateur.data import Corpus
 from secateur.discovery import discover
 from secateur.errors import BudgetError, NonFiniteError, PlanError
-from secateur.importance import Taylor
+from secateur.importance import CRITERIA, Taylor
 from secateur.methods import auto
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
@@ -100,7 +101,10 @@ class Case:
         kinds = self.kinds if hidden else ()
         if method.startswith("taylor-1"):
             return llm_pruner(self.model, batches, LLMPruner(budget, Taylor(order=1), kinds=kinds)).model
-        ours = auto.Auto(budget, kinds=kinds, ranking="local", uniform=True) if hidden else auto.Auto(budget)
+        ours = auto.Auto(budget)
+        if hidden:
+            one = {"taylor-2": CRITERIA["taylor-2"]}
+            ours = replace(ours, criteria=one, kinds=kinds, ranking="local", uniform=True)
         return auto.run(self.model, batches, ours).model
 
     def masked(self, method: str, sparsity: float, seed: int) -> tuple[Any, Masks]:

@@ -7,8 +7,8 @@ A method is a criterion, alone or with what makes up for the cut: `gate`, `gate+
 with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out), `gate+ridge-halfway` (their mean).
 Settings of the cut, or shares of kinds, may follow after a colon: `gate+ridge:uniform=false,ranking=global`,
 `gate+ridge:kv_group=0.75`. `auto` is our method as it comes, or with settings: `auto:uniform=true,iterations=3`,
-`auto:compensation=dense`, `auto:compensation=null`. Seeds draw the calibration text. Block-wise; uniform widths and local ranking if not said otherwise. Rows that the output holds
-already, from the same protocol, are not repeated.
+`auto:compensation=dense`, `auto:compensation=null`. Seeds draw the calibration text. Block-wise; uniform widths and
+local ranking if not said otherwise. Rows that the output holds already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations

@@ -55,9 +55,9 @@ def cut(
 ) -> tuple[PreTrainedModel, Sequence[Compensated]]:
     """The model without the units that a plan removes, compensated or not; `model` is left as it was.
 
-    If the plan cuts the hidden dimension and the target is `dense` or `halfway`, matrices are solved for `dense` in the
-    cut model, those that read that dimension among them; all else is solved in `model` before it is cut, where they
-    stay as they are.
+    If the plan cuts the hidden dimension and the target is `dense` or `halfway`, matrices are solved in the cut model,
+    those that read that dimension among them; all else is solved in `model` before it is cut, where they stay as they
+    are.
     """
     if compensation is None:
         on_step("cut")
@@ -67,7 +67,7 @@ def cut(
         on_step("cut")
         small = slice(model, plan, groups)
         on_step("compensate")
-        return small, compensate_sliced(small, model, plan, batches, groups)
+        return small, compensate_sliced(small, model, plan, batches, groups, compensation)
     on_step("compensate")
     with compensated(model, plan, batches, compensation, groups) as done:
         on_step("cut")

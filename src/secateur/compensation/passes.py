@@ -88,7 +88,7 @@ def moments(
     Args:
         x_of: gives the inputs that the module has.
         y_of: gives those that it has in the dense model, None if these are no target.
-        dense_share: of the latter in what its results are to be made from; below 1 both have the same width.
+        dense_share: of the latter in what its results are to be made from, where it has both.
 
     Raises:
         PlanError: y has other tokens than x.
@@ -130,7 +130,7 @@ def _summed(
                     f"{reader.path} sees other tokens in the dense model, so its results there are no target: take the "
                     "target current"
                 )
-            z = y if dense_share == 1 else torch.lerp(x, y, dense_share)
+            z = y.index_copy(1, reader.places, torch.lerp(x, y[:, reader.places], dense_share))
             cross += z.T @ x
             wanted += z.T @ z
     if not torch.isfinite(own).all():

@@ -30,24 +30,30 @@ def cuts_hidden(plan: PruningPlan, groups: Groups) -> bool:
 
 
 def compensate_sliced(
-    small: PreTrainedModel, dense: PreTrainedModel, plan: PruningPlan, batches: Sequence[Tensor], groups: Groups
+    small: PreTrainedModel,
+    dense: PreTrainedModel,
+    plan: PruningPlan,
+    batches: Sequence[Tensor],
+    groups: Groups,
+    how: Compensation,
 ) -> list[Compensated]:
     """Solve the matrices of `small` that read what `plan` removed again, in place, for the results of `dense`.
 
     These are the matrices that read FFN channels and heads, and those that read the hidden dimension. Each is solved on
     the inputs that it has once all before it are solved, for the rows that stay of what it puts out in the dense model.
+    For the target `halfway` inputs that stay are halfway between the two models, and those that go are the dense one's.
     Left as they are: matrices that are something else, too (an output layer tied to the embedding), and stacked ones.
 
     Args:
         small: what `slice` made of `dense` by `plan`.
         batches: calibration token ids, each [sequences, length].
         groups: of `dense`.
+        how: a `ridge` whose target is `halfway` or `dense`.
 
     Raises:
         PlanError: no module can be compensated, one carries adapters, or a module sees other tokens in the dense model.
         NonFiniteError: activations are NaN or infinite.
     """
-    how = Compensation("ridge", "dense")
     pairs = _Pairs(small, dense, plan, groups, how)
     if not pairs.paths:
         raise PlanError("nothing to compensate: what reads what goes is tied to other modules (--compensate)")
@@ -60,7 +66,8 @@ def compensate_sliced(
             readers = [pairs.reader(path) for path in together]
             first, module = readers[0], dense.get_submodule(together[0])
             x_of = partial(inputs, small, first.module, len(first.keep))
-            fit, check = moments(first, batches, x_of, partial(inputs, dense, module, first.target.shape[1]))
+            y_of = partial(inputs, dense, module, first.target.shape[1])
+            fit, check = moments(first, batches, x_of, y_of, how.dense_share)
             done += [reader.solve(fit, check, how) for reader in readers]
     finally:
         small.train(training[0])
@@ -103,7 +110,7 @@ class _Pairs:
         cut = rows[:, kept[columns]].double()
         size = float(cut.square().sum())
         scale = float((reader.weight.double() * cut).sum()) / size if size > 0 else 1.0
-        reader.target = rows * scale
+        reader.target, reader.places = rows * scale, kept[columns]
         return reader
 
 

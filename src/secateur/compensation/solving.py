@@ -23,7 +23,7 @@ class Compensation:
         form: `ridge` changes the columns that stay, `bias` only the bias.
         target: what a module is to put out: what it put out before with inputs as they are now (`current`), what the
             dense model's module puts out (`dense`), or the mean of the two (`halfway`); with the last two it takes
-            twice the time. Matrices that read the hidden dimension are solved for `dense` in any case.
+            twice the time, and matrices that read the hidden dimension are solved, too.
     """
 
     form: Literal["ridge", "bias"] = "ridge"
@@ -60,6 +60,7 @@ class Reader:
         module: itself.
         keep: which of its inputs stay [in].
         target: the matrix whose results with inputs z [tokens, n] are wanted [out, n]; its own if not set.
+        places: which of these n its own inputs are [in].
     """
 
     def __init__(self, path: str, module: nn.Module, keep: Tensor) -> None:
@@ -68,7 +69,7 @@ class Reader:
         self._dense: Tensor = module.weight.detach().clone()  # type: ignore[operator]
         bias = getattr(module, "bias", None)
         self._bias = bias.detach().clone() if bias is not None else None
-        self.target = self.weight
+        self.target, self.places = self.weight, torch.arange(self.weight.shape[1], device=self.weight.device)
 
     @property
     def weight(self) -> Tensor:
