@@ -13,11 +13,11 @@ from secateur.allocation.orders import cheapest_orders
 from secateur.config import dump_recipe, parse_recipe
 from secateur.data import calibration_tokens, load_corpus
 from secateur.discovery import discover
-from secateur.errors import PlanError, RecipeError
+from secateur.errors import BudgetError, PlanError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
 from secateur.importance import CRITERIA, Taylor, score
-from secateur.methods import auto
+from secateur.methods import auto, forms
 from secateur.methods.auto import Auto, run
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
@@ -51,24 +51,49 @@ def test_the_budget_is_met_and_it_is_better_than_first_order_taylor(trained, tok
     result = run(trained, [tokens], Auto(Budget(0.3), **settings))
     channel = 3 * 3 * 48  # one FFN channel in each of three layers
     assert abs(result.model.num_parameters() - 0.7 * trained.num_parameters()) <= channel
-    assert bool(result.choice) == (not settings)
+    assert bool(result.choice) == (settings.get("uniform") is not False)
     text = load_corpus(text_file)
     other = llm_pruner(trained, [tokens], LLMPruner(Budget(0.3), Taylor(order=1))).model
     ours, theirs = (perplexity(m, tokenizer, text, seq_len=32).value for m in (result.model, other))
     assert ours < theirs
 
 
-@pytest.mark.parametrize(
-    "gain, spread, chosen", [(0.5, 0.1, "per_layer"), (0.01, 0.0, "uniform"), (0.5, 3.0, "uniform")]
-)
-def test_widths_by_layer_must_be_surely_better(trained, tokens, monkeypatch, gain, spread, chosen):
+@pytest.mark.parametrize("gain, spread, chosen", [(0.5, 0.1, "per_layer"), (0.01, 0.0, "hidden"), (0.5, 3.0, "hidden")])
+def test_widths_by_layer_must_be_surely_better(gain, spread, chosen):
     noise = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64) * spread
-    answers = [4.0 + torch.zeros(8, dtype=torch.float64), 4.0 - gain + noise]
-    monkeypatch.setattr(auto, "losses_of_rows", lambda model, rows: answers.pop(0))
-    result = run(trained, [tokens], Auto(Budget(0.2), compensation=None))
-    assert result.choice["chosen"] == chosen and result.choice["gain"] == pytest.approx(gain)
-    widths = {len(units) for name, units in result.plan.kept.items() if name.endswith("ffn_channel")}
-    assert (len(widths) == 1) == (chosen == "uniform")
+    least = torch.full((8,), 4.0, dtype=torch.float64)
+    form, told = forms.better({forms.UNIFORM: least + 1, forms.HIDDEN: least, forms.PER_LAYER: least - gain + noise})
+    assert form.name == told["chosen"] == chosen and told["sequences"] == 8
+    assert told["gain"] == pytest.approx(gain) and told["standard_error"] == pytest.approx(spread / 7**0.5)
+    assert (told["uniform"], told["hidden"]) == (5.0, 4.0)
+
+
+def test_the_forms_are_what_they_say_and_the_best_is_taken(trained, tokens, monkeypatch):
+    groups, made = discover(trained), {}
+    whole = auto._Work.form
+
+    def kept(self, form):
+        made[form.name] = whole(self, form)
+        return made[form.name]
+
+    monkeypatch.setattr(auto._Work, "form", kept)
+    result = run(trained, [tokens], Auto(Budget(0.2)))
+    kinds = {name: {groups.named(g).kind for g in found.plan.kept} for name, found in made.items()}
+    assert set(made) == {"uniform", "hidden", "per_layer"} and {n for n, k in kinds.items() if "hidden" in k} == {
+        "hidden"
+    }
+    channels = {
+        name: {len(units) for g, units in found.plan.kept.items() if g.endswith("ffn_channel")}
+        for name, found in made.items()
+    }
+    assert len(channels["uniform"]) == len(channels["hidden"]) == 1 < len(channels["per_layer"])
+    for name, found in made.items():
+        whole_loss = float(losses_of_rows(found.model, tokens[forms.ASIDE - 1 :: forms.ASIDE]).mean())
+        assert result.choice[name] == pytest.approx(whole_loss)
+        assert abs(1 - found.model.num_parameters() / trained.num_parameters() - 0.2) < 0.01
+    assert result.plan == made[result.choice["chosen"]].plan
+    asked = run(trained, [tokens], Auto(Budget(0.2), kinds=("ffn_channel",), uniform=True, compensation=None))
+    assert not asked.choice  # what was said leaves one form
 
 
 def test_where_there_is_no_choice_it_says_why(trained, tokens):
@@ -157,7 +182,7 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *common)
     assert code == 0, err
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert set(results["criteria"].values()) <= set(auto.TRIED) and "as cuts of each group alone" in printed
+    assert set(results["criteria"].values()) <= set(auto.TRIED) and "as cuts were measured to cost" in printed
     assert results["choice"]["sequences"] == 4 and results["compensation"] and "calibration sequences set" in printed
     off = ["--uniform", "--ranking", "local", "--compensate", "none", "--criterion", "taylor-1"]
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "b", *common, *off)
@@ -202,13 +227,18 @@ def test_a_search_is_for_no_other_method():
 def test_a_form_that_the_class_cannot_have_is_left_out(trained, tokens, monkeypatch):
     whole = auto._Work.form
 
-    def only(self, uniform):
-        if uniform:
+    def only(self, form):
+        if form.uniform:
             raise PlanError("no field says so")
-        return whole(self, uniform)
+        return whole(self, form)
 
     monkeypatch.setattr(auto._Work, "form", only)
     result = run(trained, [tokens], Auto(Budget(0.2), compensation=None))
-    assert result.choice == {"chosen": "per_layer", "why": "the other form is not possible: no field says so"}
+    assert result.choice == {"chosen": "per_layer", "why": "no other form is possible: no field says so"}
     with pytest.raises(PlanError, match="no field says so"):
         run(trained, [tokens], Auto(Budget(0.2), uniform=True))
+
+
+def test_a_budget_that_no_form_reaches_is_refused_by_the_one_that_goes_furthest(trained, tokens):
+    with pytest.raises(BudgetError, match="cutting kv_group, ffn_channel, hidden"):
+        run(trained, [tokens], Auto(Budget(0.9999)))

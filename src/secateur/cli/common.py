@@ -93,7 +93,7 @@ def print_results(results: dict[str, Any]) -> None:
         print_kinds(results["kinds"])
     if by := results.get("criteria"):
         told = " and ".join(f"by {name} in {count} groups" for name, count in Counter(by.values()).most_common())
-        out.print(f"units: {told}, as cuts of each group alone were measured to cost least", soft_wrap=True)
+        out.print(f"units: {told}, as cuts were measured to cost least", soft_wrap=True)
     if made := results.get("compensation"):
         before, after = (sum(c[key] for c in made) / len(made) for key in ("before", "after"))
         out.print(
@@ -153,16 +153,25 @@ def print_cost(cost: dict[str, Any]) -> None:
 
 def print_choice(choice: dict[str, Any]) -> None:
     """Which form of the result was taken, and by how much it was better."""
-    taken = {"uniform": "the same widths in every layer", "per_layer": "widths by layer"}[choice["chosen"]]
-    if "gain" not in choice:
+    forms = {
+        "uniform": "the same widths in every layer",
+        "hidden": "the same widths in every layer and a smaller hidden size",
+        "per_layer": "widths by layer",
+    }
+    taken = forms[choice["chosen"]]
+    if "why" in choice:
         out.print(f"{taken}: {choice['why']}", soft_wrap=True)
         return
-    change = math.exp(-choice["gain"]) - 1
+    found = ", ".join(f"{math.exp(choice[name]):.3f} with {told}" for name, told in forms.items() if name in choice)
+    more = ""
+    if "gain" in choice:
+        change = math.exp(-choice["gain"]) - 1
+        more = (
+            f" (widths by layer: {abs(change):.1%} {'lower' if change < 0 else 'higher'} than the best of the same "
+            f"widths, standard error {choice['standard_error']:.1%})"
+        )
     out.print(
-        f"{taken}: on {choice['sequences']} calibration sequences set aside the perplexity is "
-        f"{math.exp(choice['uniform']):.3f} with the same widths, {math.exp(choice['per_layer']):.3f} with widths by "
-        f"layer ({abs(change):.1%} {'lower' if change < 0 else 'higher'}, standard error "
-        f"{choice['standard_error']:.1%})",
+        f"{taken}: on {choice['sequences']} calibration sequences set aside the perplexity is {found}{more}",
         soft_wrap=True,
     )
 

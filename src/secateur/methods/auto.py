@@ -14,20 +14,19 @@
 2. Score the units of all groups. Of several criteria each group takes the one by whose order cuts of it alone are
    measured to cost less, unless cuts of all groups cost less by one and the same criterion.
 3. Measure what every family costs alone at some of the widths that it may have, and search for the widths that cost
-   least together within the budget: once with the same widths in every layer, once with widths by layer.
+   least together within the budget: once with the same widths in every layer, once with widths by layer. A third form
+   is without a part of the hidden dimension, too, for which there is no search: every kind loses the same share.
 4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
    by then.
 5. Cut, and solve the matrices that read what went again.
-6. Of the two, the one with the same widths is the result, since any loader takes it, unless the loss of the other is
-   lower on the sequences set aside by more than `MARGIN` and by two standard errors.
+6. Of the forms the best on the sequences set aside is the result (`forms.better`), widths by layer only if surely so.
 
-Every part can be replaced or switched off: one criterion, `ranking` local or global, one form only (`uniform`), no
-compensation.
+Every part can be replaced or switched off: one criterion, `ranking` local or global, fewer forms (`uniform`, `kinds`),
+no compensation.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -49,6 +48,7 @@ from secateur.errors import BudgetError, PlanError
 from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
 from secateur.groups import Group, Groups
 from secateur.importance import CRITERIA, score
+from secateur.methods.forms import FEWEST, HIDDEN, PER_LAYER, UNIFORM, Form, apart, better
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
 from secateur.surgery import expressible, mask, select
@@ -56,12 +56,8 @@ from secateur.surgery import expressible, mask, select
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ASIDE = 4  # one sequence of so many chooses between forms
-FEWEST = 16  # sequences, so that there is a choice
 MEASURES = 4  # one sequence of so many of the others measures what widths cost
 TRIED = ("taylor-2", "gate")
-NAMES = {True: "uniform", False: "per_layer"}
-MARGIN = 0.02  # nats per token, 2 % of the perplexity
 
 
 @dataclass(frozen=True)
@@ -73,10 +69,10 @@ class Auto:
         criteria: by name, see `score`; of several, each group takes the one that step 2 finds, for which the ranking
             must be `search`.
         reduction: see `score`.
-        kinds: the kinds to prune; FFN channels and heads if empty.
+        kinds: the kinds to prune; FFN channels and heads if empty, and the hidden dimension where that is better.
         ranking: `search`, or `local` or `global` as for LLM-Pruner.
         iterations: steps over which the sparsity grows.
-        uniform: the same widths in every layer or not; None for whichever step 6 chooses.
+        uniform: the same widths in every layer or not; None for what step 6 chooses.
         compensation: None for none.
         workload: what a budget's `cost_sparsity` is a fraction of.
         round_to, protect_first, protect_last, protect, layer_ratios, kind_ratios: see `allocation.Limits`; those that
@@ -104,6 +100,12 @@ class Auto:
         if len(self.criteria) > 1 and self.ranking != "search":
             raise PlanError(f"{', '.join(self.criteria)}: with a ranking that measures nothing, name one criterion")
 
+    @property
+    def tries_hidden(self) -> bool:
+        """Whether one form is without a part of the hidden dimension: where nothing is said that it does not fit."""
+        counts = self.budget is not None and self.budget.param_sparsity is not None
+        return counts and self.ranking == "search" and self.iterations == 1 and not (self.kinds or self.kind_ratios)
+
 
 def run(
     model: PreTrainedModel, batches: Sequence[Tensor], settings: Auto, on_step: Step = lambda name: None
@@ -125,55 +127,40 @@ def run(
     """
     on_step("discover")
     forms, why = _forms(settings, sum(map(len, batches)))
-    rest, aside = _apart(batches, len(forms) > 1)
-    found, refused = {}, {}
+    rest, aside = apart(batches, len(forms) > 1)
+    found: dict[Form, PruneResult] = {}
+    refused: dict[Form, PlanError | BudgetError] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = _Work(model, discover(model), rest, settings, Path(folder), on_step)
-        for uniform in forms:
+        for form in forms:
             try:
-                found[uniform] = work.form(uniform)
-            except (PlanError, BudgetError) as error:  # a class may be able to have one form only
-                refused[uniform] = error
-    if not found:
-        raise refused[forms[0]]
+                found[form] = work.form(form)
+            except (PlanError, BudgetError) as error:  # a class may be able to have some forms only
+                refused[form] = error
+    if not found:  # where a budget is the matter, cutting the hidden dimension reaches furthest
+        furthest = refused.get(HIDDEN)
+        raise furthest if isinstance(furthest, BudgetError) else refused[forms[0]]
     if len(found) == 1:
-        (uniform,) = found
-        why = why or next((f"the other form is not possible: {error}" for error in refused.values()), "")
-        return replace(found[uniform], choice={"chosen": NAMES[uniform], "why": why} if why else {})
+        ((form, result),) = found.items()
+        reasons = dict.fromkeys(str(error) for error in refused.values())
+        why = why or (f"no other form is possible: {'; '.join(reasons)}" if reasons else "")
+        return replace(result, choice={"chosen": form.name, "why": why} if why else {})
     on_step("choose")
-    return _better(found, aside)
+    form, choice = better({form: losses_of_rows(result.model, aside) for form, result in found.items()})
+    return replace(found[form], choice=choice)
 
 
-def _better(found: Mapping[bool, PruneResult], aside: Tensor) -> PruneResult:
-    """Step 6."""
-    same, free = (losses_of_rows(found[uniform].model, aside) for uniform in (True, False))
-    gain = same - free
-    error = float(gain.std()) / math.sqrt(len(gain))
-    uniform = float(gain.mean()) <= max(MARGIN, 2 * error)
-    choice = {
-        "uniform": float(same.mean()), "per_layer": float(free.mean()), "gain": float(gain.mean()),
-        "standard_error": error, "sequences": len(gain), "chosen": NAMES[uniform],
-    }  # fmt: skip
-    return replace(found[uniform], choice=choice)
-
-
-def _forms(settings: Auto, sequences: int) -> tuple[tuple[bool, ...], str]:
-    """The forms to make, uniform or not; and why it is only one of them, where that was not asked for."""
+def _forms(settings: Auto, sequences: int) -> tuple[tuple[Form, ...], str]:
+    """The forms to make; and why it is only one of them, where that was not asked for."""
     s = settings
-    if s.uniform is not None:
-        return (s.uniform,), ""
+    if s.uniform is False:
+        return (PER_LAYER,), ""
     if s.protect_first or s.protect_last or s.protect or s.layer_ratios:
-        return (False,), "some layers are to be cut otherwise than the rest"
-    if sequences < FEWEST:
-        return (True,), f"{sequences} calibration sequences are too few to choose by, {FEWEST} would do (--samples)"
-    return (True, False), ""
-
-
-def _apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
-    """Sequences to work with, and those set aside for the choice between forms, if some are to be."""
-    rows = torch.cat(list(batches))
-    aside = (torch.arange(len(rows)) % ASIDE == ASIDE - 1) & some
-    return rows[~aside], rows[aside]
+        return (UNIFORM if s.uniform else PER_LAYER,), "" if s.uniform else "some layers are to be cut otherwise"
+    forms = (UNIFORM, *((HIDDEN,) if s.tries_hidden else ()), *(() if s.uniform else (PER_LAYER,)))
+    if len(forms) > 1 and sequences < FEWEST:
+        return (UNIFORM,), f"{sequences} calibration sequences are too few to choose by, {FEWEST} would do (--samples)"
+    return forms, ""
 
 
 class _Work:
@@ -189,25 +176,27 @@ class _Work:
         self.by: dict[str, str] = {}  # the criterion of each group there
         self.measure: Measure | None = None
 
-    def form(self, uniform: bool) -> PruneResult:
-        """The model cut to the same widths in every layer, or to widths by layer."""
-        s = self.settings
+    def form(self, form: Form) -> PruneResult:
+        """The model cut to a form."""
+        s, uniform = self.settings, form.uniform
+        ranking: RankingName = "local" if form.hidden else s.ranking
         kinds = s.kinds or tuple(dict.fromkeys([*self.groups.kinds_in_blocks(), *s.kind_ratios]))
+        kinds += ("hidden",) if form.hidden else ()
+        named = s.kinds or tuple(s.kind_ratios) or (("hidden",) if form.hidden else ())
         can = expressible(self.model, self.groups, kinds, uniform=uniform)
-        named = s.kinds or tuple(s.kind_ratios)
         candidates, left_whole = select(self.model, self.groups, kinds, can, named=named, uniform=uniform)
         plan = PruningPlan({}, {})
         for step in range(1, s.iterations + 1):
             with self._as_cut(plan):
                 self.on_step("score")
-                measure = self._measure(candidates, plan)
+                measure = self._measure(candidates, plan) if ranking == "search" else None
                 scores = self._scored(candidates, plan, step / s.iterations, measure)
                 self.on_step("allocate")
                 plan = allocate(
                     candidates,
                     scores,
                     _share(s.budget, step, s.iterations),
-                    ranking=s.ranking,
+                    ranking=ranking,
                     uniform=uniform,
                     round_to=s.round_to,
                     protect_first=s.protect_first,
@@ -224,7 +213,7 @@ class _Work:
                 )
         small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
         first = {g.name: self.scores[g.name] for g in candidates}
-        by = {g.name: self.by[g.name] for g in candidates}
+        by = {g.name: self.by[g.name] for g in candidates if g.name in self.by}
         return PruneResult(small, plan, candidates, first, left_whole, done, criteria=by)
 
     def _as_cut(self, plan: PruningPlan) -> AbstractContextManager[Any]:
@@ -254,7 +243,8 @@ class _Work:
     def _best_scores(
         self, groups: Sequence[Group], part: float, measure: Measure | None
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Step 2: importance by group, and the criterion it is of. One that cannot score these groups is left out."""
+        """Step 2: importance by group, and the criterion found for each; where nothing is measured, the first that can
+        score these groups."""
         found, refused = {}, []
         for name, criterion in self.settings.criteria.items():
             try:
@@ -263,16 +253,14 @@ class _Work:
                 refused.append(error)
         if not found:
             raise refused[0]
-        by = dict.fromkeys((g.name for g in groups), next(iter(found)))
-        if len(found) > 1 and measure is not None:
-            share = self.settings.budget.share if self.settings.budget else 0.5
-            by = cheapest_orders(groups, found, part * share, measure)
+        if measure is None:
+            return next(iter(found.values())), {}
+        share = self.settings.budget.share if self.settings.budget else 0.5
+        by = cheapest_orders(groups, found, part * share, measure)
         return {name: found[criterion][name] for name, criterion in by.items()}, by
 
-    def _measure(self, candidates: Groups, plan: PruningPlan) -> Measure | None:
+    def _measure(self, candidates: Groups, plan: PruningPlan) -> Measure:
         """What a search measures with."""
-        if self.settings.ranking != "search":
-            return None
         if plan.kept or self.measure is None:
             measures = torch.arange(len(self.rows)) % MEASURES == 0
             solves = self.settings.compensation is not None and self.settings.compensation.form == "ridge"
