@@ -6,9 +6,10 @@
 A method is a criterion, alone or with what makes up for the cut: `gate`, `gate+ridge` (what a matrix put out before,
 with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out), `gate+ridge-halfway` (their mean).
 Settings of the cut, or shares of kinds, may follow after a colon: `gate+ridge:uniform=false,ranking=global`,
-`gate+ridge:kv_group=0.75`. `auto` is our method as it comes, or with settings: `auto:uniform=true,iterations=3`,
-`auto:compensation=dense`, `auto:compensation=null`. Seeds draw the calibration text. Block-wise; uniform widths and
-local ranking if not said otherwise. Rows that the output holds already, from the same protocol, are not repeated.
+`gate+ridge:kv_group=0.75`, `taylor-1:kinds=[ffn_channel;kv_group;hidden]`. `auto` is our method as it comes, or with
+settings: `auto:uniform=true,iterations=3`, `auto:compensation=dense`, `auto:compensation=null`. Seeds draw the
+calibration text. Block-wise; uniform widths and local ranking if not said otherwise. Rows that the output holds
+already, from the same protocol, are not repeated.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Case:
         """Made once for all forms of compensation."""
         key = criterion, given, sparsity, seed
         if key not in self.plans:
-            options = {k: yaml.safe_load(v) for k, v in (option.split("=") for option in given.split(",") if option)}
+            options = options_of(given)
             shares = {kind: value for kind, value in options.items() if kind not in SETTINGS}
             options = {name: value for name, value in options.items() if name in SETTINGS}
             settings = LLMPruner(sc.Budget(sparsity), CRITERIA[criterion], kind_ratios=shares, **options)
@@ -93,9 +94,8 @@ class Case:
         }
 
     def row_of_auto(self, method: str, given: str, sparsity: float, seed: int) -> dict[str, Any]:
-        options = {k: yaml.safe_load(v) for k, v in (option.split("=") for option in given.split(",") if option)}
         begin = time.perf_counter()
-        found = auto.run(self.source.model, [self.tokens(seed)], settings_of_auto(sparsity, options))
+        found = auto.run(self.source.model, [self.tokens(seed)], settings_of_auto(sparsity, options_of(given)))
         seconds, done = time.perf_counter() - begin, found.compensated
         return {
             "method": method,
@@ -127,6 +127,13 @@ class Case:
                 "versions": {name: version(name) for name in PACKAGES},
             },
         }  # fmt: skip
+
+
+def options_of(given: str) -> dict[str, Any]:
+    """Settings that follow a method's name; of a list, `[a;b]`, the items."""
+    pairs = (option.split("=") for option in given.split(",") if option)
+    made = {name: yaml.safe_load(value.replace(";", ",")) for name, value in pairs}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in made.items()}
 
 
 def settings_of_auto(sparsity: float, options: Mapping[str, Any]) -> auto.Auto:

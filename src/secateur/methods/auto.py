@@ -128,26 +128,29 @@ def run(
     on_step("discover")
     forms, why = _forms(settings, sum(map(len, batches)))
     rest, aside = apart(batches, len(forms) > 1)
-    found: dict[Form, PruneResult] = {}
+    losses: dict[Form, Tensor] = {}
     refused: dict[Form, PlanError | BudgetError] = {}
+    best: PruneResult | None = None
     with tempfile.TemporaryDirectory() as folder:
         work = _Work(model, discover(model), rest, settings, Path(folder), on_step)
         for form in forms:
             try:
-                found[form] = work.form(form)
+                result = work.form(form)
             except (PlanError, BudgetError) as error:  # a class may be able to have some forms only
                 refused[form] = error
-    if not found:  # where a budget is the matter, cutting the hidden dimension reaches furthest
+                continue
+            on_step("choose")
+            losses[form] = losses_of_rows(result.model, aside)
+            chosen, choice = better(losses)
+            best = result if chosen is form else best  # the others are not held
+    if best is None:  # where a budget is the matter, cutting the hidden dimension reaches furthest
         furthest = refused.get(HIDDEN)
         raise furthest if isinstance(furthest, BudgetError) else refused[forms[0]]
-    if len(found) == 1:
-        ((form, result),) = found.items()
-        reasons = dict.fromkeys(str(error) for error in refused.values())
-        why = why or (f"no other form is possible: {'; '.join(reasons)}" if reasons else "")
-        return replace(result, choice={"chosen": form.name, "why": why} if why else {})
-    on_step("choose")
-    form, choice = better({form: losses_of_rows(result.model, aside) for form, result in found.items()})
-    return replace(found[form], choice=choice)
+    if len(losses) > 1:
+        return replace(best, choice=choice)
+    reasons = dict.fromkeys(str(error) for error in refused.values())
+    why = why or (f"no other form is possible: {'; '.join(reasons)}" if reasons else "")
+    return replace(best, choice={"chosen": chosen.name, "why": why} if why else {})
 
 
 def _forms(settings: Auto, sequences: int) -> tuple[tuple[Form, ...], str]:

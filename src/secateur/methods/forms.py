@@ -50,13 +50,14 @@ def better(losses: Mapping[Form, Tensor]) -> tuple[Form, dict[str, Any]]:
         losses: of each sequence set aside, float64 [sequences].
 
     Returns:
-        The form; and the mean loss by name of form, `chosen`, `sequences`, and where there are widths by layer `gain`,
-        how much lower their loss is than the least of the others, with its `standard_error` [nats per token].
+        The form; and the mean loss by name of form, `chosen`, `sequences`, and where there are both kinds `gain`, how
+        much lower the loss of widths by layer is than the least of the others, and its `standard_error` [nats per
+        token].
     """
     means = {form: float(loss.mean()) for form, loss in losses.items()}
-    chosen = min((form for form in losses if form.uniform), key=lambda form: means[form])
+    chosen = min((form for form in losses if form.uniform), key=lambda form: means[form], default=PER_LAYER)
     told: dict[str, Any] = {form.name: mean for form, mean in means.items()}
-    if PER_LAYER in losses:
+    if chosen is not PER_LAYER and PER_LAYER in losses:
         gains = losses[chosen] - losses[PER_LAYER]
         gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
         told |= {"gain": gain, "standard_error": error}
