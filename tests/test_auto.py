@@ -66,6 +66,9 @@ def test_widths_by_layer_must_be_surely_better(gain, spread, chosen):
     assert form.name == told["chosen"] == chosen and told["sequences"] == 8
     assert told["gain"] == pytest.approx(gain) and told["standard_error"] == pytest.approx(spread / 7**0.5)
     assert (told["uniform"], told["hidden"]) == (5.0, 4.0)
+    form, told = forms.better({forms.UNIFORM: least + 0.01, forms.HIDDEN: least})  # no plainer than it must be
+    assert form is forms.UNIFORM and told["gain"] == pytest.approx(0.01)
+    assert forms.better({forms.HIDDEN: least, forms.PER_LAYER: least - 1})[0] is forms.PER_LAYER
 
 
 def test_the_forms_are_what_they_say_and_the_best_is_taken(trained, tokens, monkeypatch):
@@ -183,7 +186,16 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     assert code == 0, err
     results = json.loads((tmp_path / "a" / "results.json").read_text())
     assert set(results["criteria"].values()) <= set(auto.TRIED) and "as cuts were measured to cost" in printed
-    assert results["choice"]["sequences"] == 4 and results["compensation"] and "calibration sequences set" in printed
+    assert (
+        results["choice"]["sequences"] == 4
+        and "hidden" in results["choice"]
+        and results["compensation"]
+        and "calibration sequences set" in printed
+    )
+    learning = ["--recover-steps", "2", "--adapt", "0", "--data", text_file, "--distill", "--distill-hidden", "0.1"]
+    code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "d", *common, *learning)
+    assert code == 0, err  # hidden states are compared, so both models have as many dimensions
+    assert not {"hidden"} & json.loads((tmp_path / "d" / "results.json").read_text())["choice"].keys()
     off = ["--uniform", "--ranking", "local", "--compensate", "none", "--criterion", "taylor-1"]
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "b", *common, *off)
     assert code == 0, err
@@ -242,3 +254,33 @@ def test_a_form_that_the_class_cannot_have_is_left_out(trained, tokens, monkeypa
 def test_a_budget_that_no_form_reaches_is_refused_by_the_one_that_goes_furthest(trained, tokens):
     with pytest.raises(BudgetError, match="cutting kv_group, ffn_channel, hidden"):
         run(trained, [tokens], Auto(Budget(0.9999)))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"kinds": ("ffn_channel",)},
+        {"kind_ratios": {"kv_group": 0.5}},
+        {"iterations": 2},
+        {"hidden": False},
+        {"ranking": "local", "criteria": {"gate": CRITERIA["gate"]}},
+        {"budget": Budget(unit_sparsity=0.2)},
+    ],
+)
+def test_the_hidden_dimension_is_tried_only_where_nothing_else_is_said(more):
+    assert Auto(Budget(0.2)).tries_hidden and not replace(Auto(Budget(0.2)), **more).tries_hidden
+
+
+def test_one_criterion_is_not_measured_against_itself(trained, tokens, monkeypatch):
+    monkeypatch.setattr(auto, "cheapest_orders", lambda *given: pytest.fail("there is nothing to choose"))
+    one = {"gate": CRITERIA["gate"]}
+    result = run(trained, [tokens], Auto(Budget(0.2), one, kinds=("ffn_channel",), uniform=True, compensation=None))
+    assert set(result.criteria.values()) == {"gate"}
+
+
+def test_a_form_whose_loss_is_not_finite_is_left_out(trained, tokens, monkeypatch):
+    whole = forms.losses_of_rows
+    answers = [torch.full((8,), float("nan"), dtype=torch.float64)]
+    monkeypatch.setattr(forms, "losses_of_rows", lambda *given: answers.pop() if answers else whole(*given))
+    result = run(trained, [tokens], Auto(Budget(0.2), compensation=None))
+    assert "uniform" not in result.choice and {"hidden", "per_layer"} <= set(result.choice)

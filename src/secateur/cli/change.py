@@ -54,8 +54,8 @@ def prune(
     criterion: Annotated[
         str | None,
         typer.Option(help="random, l1, l2, taylor-vector, -1, -2 or -mixed, gate, gate-1 or -mixed; measured (auto): "
-                     "for each group whichever of taylor-2 and gate costs less; for an adapter fisher, activation, "
-                     "magnitude, taylor or sensitivity."),
+                     "for each group whichever of taylor-2 and gate costs less as measured; for an adapter fisher, "
+                     "activation, magnitude, taylor or sensitivity."),
     ] = None,
     reduction: Annotated[str | None, typer.Option(help="sum, mean, max, prod or first")] = None,
     ranking: Annotated[

@@ -44,11 +44,11 @@ from secateur.benchmark.costs import Workload
 from secateur.compensation import Compensated, Compensation, Database, compensated
 from secateur.cutting import PruneResult, Step, cut
 from secateur.discovery import discover
-from secateur.errors import BudgetError, PlanError
-from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
+from secateur.errors import BudgetError, NonFiniteError, PlanError, SecateurError
+from secateur.evaluation.cut_losses import CutLosses
 from secateur.groups import Group, Groups
 from secateur.importance import CRITERIA, score
-from secateur.methods.forms import FEWEST, HIDDEN, PER_LAYER, UNIFORM, Form, apart, better
+from secateur.methods.forms import FEWEST, HIDDEN, PER_LAYER, UNIFORM, Form, apart, better, losses_aside
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
 from secateur.surgery import expressible, mask, select
@@ -73,6 +73,7 @@ class Auto:
         ranking: `search`, or `local` or `global` as for LLM-Pruner.
         iterations: steps over which the sparsity grows.
         uniform: the same widths in every layer or not; None for what step 6 chooses.
+        hidden: whether the hidden dimension may be cut without being among the kinds.
         compensation: None for none.
         workload: what a budget's `cost_sparsity` is a fraction of.
         round_to, protect_first, protect_last, protect, layer_ratios, kind_ratios: see `allocation.Limits`; those that
@@ -86,6 +87,7 @@ class Auto:
     ranking: RankingName = "search"
     iterations: int = 1
     uniform: bool | None = None
+    hidden: bool = True
     compensation: Compensation | None = field(default_factory=lambda: Compensation("ridge", "halfway"))
     workload: Workload | None = None
     round_to: int = 1
@@ -104,7 +106,8 @@ class Auto:
     def tries_hidden(self) -> bool:
         """Whether one form is without a part of the hidden dimension: where nothing is said that it does not fit."""
         counts = self.budget is not None and self.budget.param_sparsity is not None
-        return counts and self.ranking == "search" and self.iterations == 1 and not (self.kinds or self.kind_ratios)
+        said = self.kinds or self.kind_ratios or not self.hidden
+        return counts and self.ranking == "search" and self.iterations == 1 and not said
 
 
 def run(
@@ -117,8 +120,7 @@ def run(
         on_step: told the name of each step as it begins: `discover`, `score`, `allocate`, `compensate`, `cut`.
 
     Returns:
-        The result; its `choice` has the loss of each form on the sequences set aside, and the difference with its
-        standard error, where there was a choice.
+        The result; its `choice` says which form it has, and where there were several, what `forms.better` tells.
 
     Raises:
         PlanError: nothing of the kinds can be pruned.
@@ -129,20 +131,20 @@ def run(
     forms, why = _forms(settings, sum(map(len, batches)))
     rest, aside = apart(batches, len(forms) > 1)
     losses: dict[Form, Tensor] = {}
-    refused: dict[Form, PlanError | BudgetError] = {}
+    refused: dict[Form, SecateurError] = {}
     best: PruneResult | None = None
     with tempfile.TemporaryDirectory() as folder:
         work = _Work(model, discover(model), rest, settings, Path(folder), on_step)
         for form in forms:
             try:
                 result = work.form(form)
-            except (PlanError, BudgetError) as error:  # a class may be able to have some forms only
+                losses[form] = losses_aside(result.model, aside)
+            except (PlanError, BudgetError, NonFiniteError) as error:  # a class may be able to have some forms only
                 refused[form] = error
                 continue
-            on_step("choose")
-            losses[form] = losses_of_rows(result.model, aside)
             chosen, choice = better(losses)
-            best = result if chosen is form else best  # the others are not held
+            best = result if chosen is form else best
+            del result  # which is held no longer if it is not the best
     if best is None:  # where a budget is the matter, cutting the hidden dimension reaches furthest
         furthest = refused.get(HIDDEN)
         raise furthest if isinstance(furthest, BudgetError) else refused[forms[0]]
@@ -167,7 +169,7 @@ def _forms(settings: Auto, sequences: int) -> tuple[tuple[Form, ...], str]:
 
 
 class _Work:
-    """Steps 2 to 5, with what both forms share."""
+    """Steps 2 to 5, with what the forms share."""
 
     def __init__(
         self, model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, folder: Path, on_step: Step
@@ -256,8 +258,9 @@ class _Work:
                 refused.append(error)
         if not found:
             raise refused[0]
-        if measure is None:
-            return next(iter(found.values())), {}
+        if measure is None or len(found) == 1:
+            ((first, scores), *_) = found.items()
+            return scores, {} if measure is None else dict.fromkeys(scores, first)
         share = self.settings.budget.share if self.settings.budget else 0.5
         by = cheapest_orders(groups, found, part * share, measure)
         return {name: found[criterion][name] for name, criterion in by.items()}, by

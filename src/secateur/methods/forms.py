@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from secateur.errors import NonFiniteError
+from secateur.evaluation.cut_losses import losses_of_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ASIDE = 4  # one sequence of so many is set aside
 FEWEST = 16  # sequences, so that there is a choice
@@ -40,26 +46,39 @@ def apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
     return rows[~aside], rows[aside]
 
 
+def losses_aside(model: PreTrainedModel, aside: Tensor) -> Tensor:
+    """The loss of each sequence set aside, float64 [sequences].
+
+    Raises:
+        NonFiniteError: one is NaN or infinite.
+    """
+    losses = losses_of_rows(model, aside)
+    if not torch.isfinite(losses).all():
+        raise NonFiniteError(
+            "the cut model's loss on the sequences set aside is not finite; check the dtype of the model"
+        )
+    return losses
+
+
 def better(losses: Mapping[Form, Tensor]) -> tuple[Form, dict[str, Any]]:
     """The form to take, and how it was chosen.
 
-    Of those with the same widths in every layer, which any loader takes, it is the one of the least loss. Widths by
-    layer must be better than that one by more than `MARGIN` and by two standard errors.
+    The plainest is the first of them: any loader takes the same widths in every layer, and a hidden size as before is
+    what kernels and packed formats like. A later one must be better than the best before it by more than `MARGIN` and
+    by two standard errors.
 
     Args:
-        losses: of each sequence set aside, float64 [sequences].
+        losses: form -> loss of each sequence set aside, float64 [sequences]; plainer forms first.
 
     Returns:
-        The form; and the mean loss by name of form, `chosen`, `sequences`, and where there are both kinds `gain`, how
-        much lower the loss of widths by layer is than the least of the others, and its `standard_error` [nats per
-        token].
+        The form; and the mean loss by name of form, `chosen`, `sequences`, and of the last form `gain`, how much lower
+        its loss is than that of the best before it, and the `standard_error` of that [nats per token].
     """
-    means = {form: float(loss.mean()) for form, loss in losses.items()}
-    chosen = min((form for form in losses if form.uniform), key=lambda form: means[form], default=PER_LAYER)
-    told: dict[str, Any] = {form.name: mean for form, mean in means.items()}
-    if chosen is not PER_LAYER and PER_LAYER in losses:
-        gains = losses[chosen] - losses[PER_LAYER]
+    chosen, *others = losses
+    told: dict[str, Any] = {form.name: float(loss.mean()) for form, loss in losses.items()}
+    for form in others:
+        gains = losses[chosen] - losses[form]
         gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
         told |= {"gain": gain, "standard_error": error}
-        chosen = PER_LAYER if gain > max(MARGIN, 2 * error) else chosen
+        chosen = form if gain > max(MARGIN, 2 * error) else chosen
     return chosen, told | {"sequences": len(losses[chosen]), "chosen": chosen.name}

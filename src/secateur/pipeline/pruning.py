@@ -218,7 +218,10 @@ def _cut(
         results |= _compensation(done) | {"widths": replayed.widths()}
         return small, _for(source, replayed)
     if recipe.searches:
-        ours = replace(settings_of_auto(recipe.prune, recipe.seed), protect=protect)
+        learns_hidden = (
+            recipe.recovery is not None and recipe.recovery.distill is not None and recipe.recovery.distill.hidden
+        )
+        ours = replace(settings_of_auto(recipe.prune, recipe.seed), protect=protect, hidden=not learns_hidden)
         result = auto.run(source.model, batches, ours, clock.begin)
         results |= {"choice": dict(result.choice)} if result.choice else {}
         results |= {"criteria": dict(result.criteria)} if len(ours.criteria) > 1 else {}
