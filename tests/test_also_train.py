@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from secateur.config import parse_recipe
 from secateur.data import load_corpus
-from secateur.errors import RecipeError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.recovery import RecoverySettings, recover, with_adapters
 from secateur.recovery.also_trained import also_trained, in_float32
 
@@ -147,6 +147,14 @@ def test_a_killed_run_resumes_to_the_same_weights(trained, tokenizer, corpus, tm
     resumed = recover(trained, tokenizer, [corpus], QUICK, tmp_path / "part", resume=True)
     for name, tensor in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("other", [{"rank": 4}, {"also_train": ("norms",)}, {"full_weights": True, "also_train": ()}])
+def test_a_run_that_trained_something_else_is_not_gone_on_with(trained, tokenizer, corpus, tmp_path, other):
+    recover(trained, tokenizer, [corpus], QUICK, tmp_path)
+    with pytest.raises(CheckpointError, match="trained other adapters or other weights"):
+        recover(trained, tokenizer, [corpus], RecoverySettings(**{**vars(QUICK), **other}), tmp_path, resume=True)
+    assert (tmp_path / "checkpoints").is_dir()  # the run to go on with is left
 
 
 def test_embeddings_that_cannot_train_are_refused():

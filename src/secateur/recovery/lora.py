@@ -21,7 +21,6 @@ from secateur.packed import refuse_packed
 from secateur.recovery.adapters import with_adapters
 from secateur.recovery.also_trained import in_float32, optimizer_with_rates
 from secateur.recovery.callbacks import (
-    WHOLE,
     EndAtLastStep,
     HasEndedError,
     MeasureTexts,
@@ -33,6 +32,7 @@ from secateur.recovery.distilling import DistillingTrainer, loaded, teacher_of
 from secateur.recovery.examples import IGNORED
 from secateur.recovery.gradual import GradualPruning
 from secateur.recovery.reporting import PROJECT, ReportFigures, check_reporters, logs_in, own_entries
+from secateur.recovery.resuming import check_trains_the_same, last_checkpoint
 from secateur.recovery.rounds import Rounds, check_pooled, mix_record
 from secateur.recovery.settings import RecoverySettings
 from secateur.recovery.training_data import TrainingData, training_data
@@ -90,7 +90,8 @@ def recover(
         DataError: the corpora give no example, or too few to hold some out.
         RecipeError: the targets asked for are not there or cannot carry adapters, there is nothing to mix, or the dense
             model is no teacher for this one.
-        CheckpointError: the run to go on with had another mix, or the cache of a teacher is another's.
+        CheckpointError: the run to go on with had another mix or trained something else, or the cache of a teacher is
+            another's.
         NonFiniteError: the loss becomes NaN or infinite.
     """
     own: Any = model if in_place else copy.deepcopy(model)
@@ -138,6 +139,8 @@ def train(
     """
     check_reporters(settings.report_to)
     started = last_checkpoint(output) if resume else None
+    if started is not None:
+        check_trains_the_same(started, adapted)
     folder = OwnFolder(output, resume)
     ours: list[TrainerCallback] = []
     rounds: Rounds | None = None
@@ -196,12 +199,6 @@ def _kind_of_trainer(
         rounds.measure_dense(lambda: model)
     teacher = teacher_of(model, student, data, settings.distill, arguments)
     return partial(DistillingTrainer, teacher=teacher, distillation=settings.distill)
-
-
-def last_checkpoint(output: Path) -> str | None:
-    """The newest training checkpoint of a run that was written to its end, None if there is none."""
-    found = [file.parent for file in (output / "checkpoints").glob(f"checkpoint-*/{WHOLE}")]
-    return str(max(found, key=lambda folder: int(folder.name.rpartition("-")[2]))) if found else None
 
 
 def _with_all_weights(model: PreTrainedModel, settings: RecoverySettings) -> PreTrainedModel:
