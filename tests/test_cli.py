@@ -229,7 +229,7 @@ def bert(folder):
 
 
 BAD = {
-    "not reachable": (["--sparsity", "0.99"], "largest reachable"),
+    "not reachable": (["--sparsity", "0.9999"], "largest reachable"),
     "too large": (["--sparsity", "1.0"], "less than 1"),
     "negative": (["--sparsity", "-0.1"], "greater than or equal to 0"),
     "no budget": ([], "--sparsity"),
