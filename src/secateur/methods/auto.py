@@ -19,7 +19,7 @@
 4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
    by then.
 5. Cut, and solve the matrices that read what went again.
-6. Of the forms the best on the sequences set aside is the result (`forms.better`), widths by layer only if surely so.
+6. Of the forms the plainest is the result, unless another is surely better on the sequences set aside (`forms.better`).
 
 Every part can be replaced or switched off: one criterion, `ranking` local or global, fewer forms (`uniform`, `kinds`),
 no compensation.
