@@ -13,11 +13,13 @@ from secateur.allocation.orders import cheapest_orders
 from secateur.config import dump_recipe, parse_recipe
 from secateur.data import calibration_tokens, load_corpus
 from secateur.discovery import discover
+from secateur.cutting import PruneResult
 from secateur.errors import BudgetError, PlanError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
+from secateur.groups import Group
 from secateur.importance import CRITERIA, Taylor, score
-from secateur.methods import auto, forms
+from secateur.methods import auto, auto_steps, forms
 from secateur.methods.auto import Auto, run
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
@@ -59,44 +61,87 @@ def test_the_budget_is_met_and_it_is_better_than_first_order_taylor(trained, tok
 
 
 @pytest.mark.parametrize("gain, spread, chosen", [(0.5, 0.1, "per_layer"), (0.01, 0.0, "hidden"), (0.5, 3.0, "hidden")])
-def test_widths_by_layer_must_be_surely_better(gain, spread, chosen):
+def test_what_is_less_plain_must_be_surely_better(gain, spread, chosen):
     noise = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64) * spread
     least = torch.full((8,), 4.0, dtype=torch.float64)
-    form, told = forms.better({forms.UNIFORM: least + 1, forms.HIDDEN: least, forms.PER_LAYER: least - gain + noise})
-    assert form.name == told["chosen"] == chosen and told["sequences"] == 8
+    choice = forms.Choice()
+    assert choice.takes(forms.UNIFORM, forms.Trial(0.0, least + 1))
+    assert choice.takes(forms.HIDDEN, forms.Trial(0.25, least))
+    assert choice.takes(forms.PER_LAYER, forms.Trial(0.0, least - gain + noise)) == (chosen == "per_layer")
+    told = choice.told()
+    assert told["chosen"] == chosen and told["sequences"] == 8 and told["hidden_shares"] == {"hidden": 0.25}
     assert told["gain"] == pytest.approx(gain) and told["standard_error"] == pytest.approx(spread / 7**0.5)
     assert (told["uniform"], told["hidden"]) == (5.0, 4.0)
-    form, told = forms.better({forms.UNIFORM: least + 0.01, forms.HIDDEN: least})  # no plainer than it must be
-    assert form is forms.UNIFORM and told["gain"] == pytest.approx(0.01)
-    assert forms.better({forms.HIDDEN: least, forms.PER_LAYER: least - 1})[0] is forms.PER_LAYER
+
+
+def test_between_hidden_sizes_of_one_form_the_loss_alone_decides():
+    least = torch.full((8,), 4.0, dtype=torch.float64)
+    choice = forms.Choice()
+    assert choice.takes(forms.UNIFORM, forms.Trial(0.0, least))
+    assert not choice.takes(forms.HIDDEN, forms.Trial(0.1, least - 0.01))  # no less plain than it must be
+    assert choice.takes(forms.HIDDEN, forms.Trial(0.2, least - 0.1))
+    finer = forms.Trial(0.3, least - 0.101)
+    assert choice.falls(forms.HIDDEN, finer) and choice.takes(forms.HIDDEN, finer)
+    worse = forms.Trial(0.4, least + 1)
+    assert not choice.falls(forms.HIDDEN, worse) and not choice.takes(forms.HIDDEN, worse)
+    told = choice.told()
+    assert told["hidden"] == pytest.approx(3.899) and told["hidden_shares"] == {"hidden": 0.3}
+    assert told["gain"] == pytest.approx(0.101) and told["chosen"] == "hidden"
+
+
+@pytest.mark.parametrize(
+    "units, sparsity, left", [(4096, 0.5, [3584, 3072, 2560, 2048]), (48, 0.3, [45, 41, 38, 34]), (64, 0.02, [])]
+)
+def test_hidden_sizes_to_try_are_whole_slices(units, sparsity, left):
+    shares = forms.hidden_shares(Group("model/hidden", "hidden", units), sparsity)
+    assert [units * (1 - share) for share in shares] == pytest.approx(left)
 
 
 def test_the_forms_are_what_they_say_and_the_best_is_taken(trained, tokens, monkeypatch):
     groups, made = discover(trained), {}
-    whole = auto._Work.form
+    whole = auto_steps.Steps.form
 
-    def kept(self, form):
-        made[form.name] = whole(self, form)
-        return made[form.name]
+    def kept(self, form, share):
+        made.setdefault(form.name, {})[share] = whole(self, form, share)
+        return made[form.name][share]
 
-    monkeypatch.setattr(auto._Work, "form", kept)
+    monkeypatch.setattr(auto_steps.Steps, "form", kept)
     result = run(trained, [tokens], Auto(Budget(0.2)))
-    kinds = {name: {groups.named(g).kind for g in found.plan.kept} for name, found in made.items()}
-    assert set(made) == {"uniform", "hidden", "per_layer"} and {n for n, k in kinds.items() if "hidden" in k} == {
-        "hidden"
-    }
-    channels = {
-        name: {len(units) for g, units in found.plan.kept.items() if g.endswith("ffn_channel")}
-        for name, found in made.items()
-    }
-    assert len(channels["uniform"]) == len(channels["hidden"]) == 1 < len(channels["per_layer"])
+    assert list(made) == ["uniform", "hidden", "per_layer", "hidden_per_layer"]
+    (hidden,) = groups.of_kinds(["hidden"])
     for name, found in made.items():
-        whole_loss = float(losses_of_rows(found.model, tokens[forms.ASIDE - 1 :: forms.ASIDE]).mean())
-        assert result.choice[name] == pytest.approx(whole_loss)
-        assert abs(1 - found.model.num_parameters() / trained.num_parameters() - 0.2) < 0.01
-    assert result.plan == made[result.choice["chosen"]].plan
+        losses = {}
+        for share, cut in found.items():
+            widths = {len(units) for g, units in cut.plan.kept.items() if g.endswith("ffn_channel")}
+            assert (len(widths) == 1) == ("per_layer" not in name)
+            assert len(cut.plan.kept.get(hidden.name, range(hidden.units))) == round(hidden.units * (1 - share))
+            assert abs(1 - cut.model.num_parameters() / trained.num_parameters() - 0.2) < 0.01
+            losses[share] = float(losses_of_rows(cut.model, tokens[forms.ASIDE - 1 :: forms.ASIDE]).mean())
+        assert result.choice[name] == pytest.approx(min(losses.values()))
+        if "hidden" in name:
+            taken = result.choice["hidden_shares"][name]
+            assert losses[taken] == min(losses.values()) and 0 < taken < 0.2
+    shares = result.choice["hidden_shares"]
+    assert result.plan == made[result.choice["chosen"]][shares.get(result.choice["chosen"], 0.0)].plan
     asked = run(trained, [tokens], Auto(Budget(0.2), kinds=("ffn_channel",), uniform=True, compensation=None))
     assert not asked.choice  # what was said leaves one form
+
+
+def test_larger_shares_of_the_hidden_dimension_are_tried_as_long_as_the_loss_falls(trained, tokens, monkeypatch):
+    made, answers = [], iter([4.0, 3.0, 3.5, 9.0, 9.0])
+
+    def form(self, form, share):
+        made.append((form.name, share))
+        return PruneResult(trained, PruningPlan({}, {}), discover(trained), {})
+
+    monkeypatch.setattr(auto_steps.Steps, "form", form)
+    monkeypatch.setattr(auto, "losses_aside", lambda *given: torch.full((8,), next(answers), dtype=torch.float64))
+    run(trained, [tokens], Auto(Budget(0.5), uniform=True))
+    assert made == [("uniform", 0.0), *(("hidden", share) for share in (6 / 48, 12 / 48))]
+    made.clear()
+    answers = iter([4.0, 3.0, 2.0, 1.0, 0.5])
+    result = run(trained, [tokens], Auto(Budget(0.5), uniform=True))
+    assert made[-1] == ("hidden", 24 / 48) and result.choice["hidden_shares"] == {"hidden": 24 / 48}
 
 
 def test_where_there_is_no_choice_it_says_why(trained, tokens):
@@ -164,7 +209,7 @@ def test_a_criterion_that_cannot_score_these_groups_is_left_out(trained, tokens,
             raise PlanError("nothing reads them")
         return score(model, groups, batches, criterion, reduction)
 
-    monkeypatch.setattr(auto, "score", refusing)
+    monkeypatch.setattr(auto_steps, "score", refusing)
     both = {name: CRITERIA[name] for name in auto.TRIED}
     result = run(trained, [tokens], Auto(Budget(0.2), criteria=both, uniform=True, compensation=None))
     assert set(result.criteria.values()) == {"taylor-2"}
@@ -245,14 +290,14 @@ def test_a_search_is_for_no_other_method():
 
 
 def test_a_form_that_the_class_cannot_have_is_left_out(trained, tokens, monkeypatch):
-    whole = auto._Work.form
+    whole = auto_steps.Steps.form
 
-    def only(self, form):
-        if form.uniform:
+    def only(self, form, share):
+        if form.uniform or form.hidden:
             raise PlanError("no field says so")
-        return whole(self, form)
+        return whole(self, form, share)
 
-    monkeypatch.setattr(auto._Work, "form", only)
+    monkeypatch.setattr(auto_steps.Steps, "form", only)
     result = run(trained, [tokens], Auto(Budget(0.2), compensation=None))
     assert result.choice == {"chosen": "per_layer", "why": "no other form is possible: no field says so"}
     with pytest.raises(PlanError, match="no field says so"):
@@ -280,7 +325,7 @@ def test_the_hidden_dimension_is_tried_only_where_nothing_else_is_said(more):
 
 
 def test_one_criterion_is_not_measured_against_itself(trained, tokens, monkeypatch):
-    monkeypatch.setattr(auto, "cheapest_orders", lambda *given: pytest.fail("there is nothing to choose"))
+    monkeypatch.setattr(auto_steps, "cheapest_orders", lambda *given: pytest.fail("there is nothing to choose"))
     one = {"gate": CRITERIA["gate"]}
     result = run(trained, [tokens], Auto(Budget(0.2), one, kinds=("ffn_channel",), uniform=True, compensation=None))
     assert set(result.criteria.values()) == {"gate"}

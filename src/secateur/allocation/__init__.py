@@ -14,7 +14,7 @@ from secateur.allocation.families import Family, select_families
 from secateur.allocation.limits import Feasible, Limits, check_shares
 from secateur.allocation.ranking import RankingName, rank
 from secateur.allocation.report import provenance
-from secateur.allocation.search import Measure, search, tradeoff
+from secateur.allocation.search import Measure, search, tradeoff, within
 from secateur.allocation.size import Size, parameters_left, units_left
 from secateur.errors import BudgetError
 from secateur.groups import Groups, IndexArray
@@ -23,7 +23,7 @@ from secateur.plan import PruningPlan
 if TYPE_CHECKING:
     from secateur.allocation.families import Scores
 
-__all__ = ["Budget", "Cost", "Measure", "Removed", "allocate", "check_shares", "max_sparsity"]
+__all__ = ["Budget", "Cost", "Measure", "Removed", "allocate", "check_shares", "max_sparsity", "within"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def allocate(
 
     Returns:
         The plan; its provenance records these arguments, the sparsity and the share of each kind reached, under
-        `allocation`; of a search the curve of what other budgets are expected to cost, too (`search.tradeoff`).
+        `allocation`; of a search over all kinds the curve of what other budgets are expected to cost, too
+        (`search.tradeoff`).
 
     Raises:
         BudgetError: the budget cannot be reached (the message says what can), a kind has no group to cut, or
@@ -141,7 +142,7 @@ def allocate(
     if priced is not None:
         left = priced.at(counts)
         made["cost"] = {"whole": priced.whole, "left": left, "sparsity": 1 - left / priced.whole}
-    if measure is not None:
+    if measure is not None and not any(f.fixed for f in families):  # what those cost is not among the curves
         made["tradeoff"] = tradeoff(families, priced or parameters_left(groups, families), measure)
     return PruningPlan(kept, units, {"allocation": made})
 

@@ -30,7 +30,7 @@ from secateur.allocation.costs import Counted, Removed, Table
 from secateur.allocation.families import Family
 from secateur.allocation.ranking import rank
 from secateur.errors import BudgetError
-from secateur.groups import IndexArray
+from secateur.groups import Group, IndexArray
 
 Measure = Callable[[Sequence[Removed]], Sequence[float]]  # losses without them [nats per token], each measured alone
 Floats = NDArray[np.float64]
@@ -64,6 +64,12 @@ class Curve:
         before = family.units - family.counts[0]
         importance[before : before + taken[-1]] = np.diff(between)
         return importance
+
+
+def within(measure: Measure, groups: Sequence[Group]) -> Measure:
+    """What the part of a cut costs that lies in these groups."""
+    names = {g.name for g in groups}
+    return lambda cuts: measure([{name: units for name, units in cut.items() if name in names} for cut in cuts])
 
 
 def search(families: Sequence[Family], counted: Counted, target: float, measure: Measure) -> IndexArray:

@@ -157,6 +157,7 @@ def print_choice(choice: dict[str, Any]) -> None:
         "uniform": "the same widths in every layer",
         "hidden": "the same widths in every layer and a smaller hidden size",
         "per_layer": "widths by layer",
+        "hidden_per_layer": "widths by layer and a smaller hidden size",
     }
     taken = forms[choice["chosen"]]
     if "why" in choice:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from secateur.errors import NonFiniteError
 from secateur.evaluation.cut_losses import losses_of_rows
+from secateur.groups import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 ASIDE = 4  # one sequence of so many is set aside
 FEWEST = 16  # sequences, so that there is a choice
 MARGIN = 0.02  # nats per token, 2 % of the perplexity
+OF_HIDDEN = (1 / 4, 1 / 2, 3 / 4, 1)  # of the budget's share, what the hidden dimension loses
+SLICES = 32  # of the hidden dimension: whole ones go, so that 4,096 stays a multiple of 128
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,9 @@ class Form:
     hidden: bool = False
 
 
-UNIFORM, HIDDEN, PER_LAYER = Form("uniform", True), Form("hidden", True, hidden=True), Form("per_layer", False)
+UNIFORM, HIDDEN = Form("uniform", True), Form("hidden", True, hidden=True)
+PER_LAYER, HIDDEN_PER_LAYER = Form("per_layer", False), Form("hidden_per_layer", False, hidden=True)
+FORMS = (UNIFORM, HIDDEN, PER_LAYER, HIDDEN_PER_LAYER)  # plainer ones first
 
 
 def apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
@@ -44,6 +49,13 @@ def apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
     rows = torch.cat(list(batches))
     aside = (torch.arange(len(rows)) % ASIDE == ASIDE - 1) & some
     return rows[~aside], rows[aside]
+
+
+def hidden_shares(hidden: Group, sparsity: float) -> list[float]:
+    """The shares of the hidden dimension to try to leave out, ascending."""
+    units = max(1, hidden.units // SLICES)
+    steps = {int(part * sparsity * hidden.units / units) for part in OF_HIDDEN}
+    return [step * units / hidden.units for step in sorted(steps) if 0 < step * units < hidden.units]
 
 
 def losses_aside(model: PreTrainedModel, aside: Tensor) -> Tensor:
@@ -60,25 +72,62 @@ def losses_aside(model: PreTrainedModel, aside: Tensor) -> Tensor:
     return losses
 
 
-def better(losses: Mapping[Form, Tensor]) -> tuple[Form, dict[str, Any]]:
-    """The form to take, and how it was chosen.
+class Trial(NamedTuple):
+    """A model that was made.
 
-    The plainest is the first of them: any loader takes the same widths in every layer, and a hidden size as before is
-    what kernels and packed formats like. A later one must be better than the best before it by more than `MARGIN` and
-    by two standard errors.
-
-    Args:
-        losses: form -> loss of each sequence set aside, float64 [sequences]; plainer forms first.
-
-    Returns:
-        The form; and the mean loss by name of form, `chosen`, `sequences`, and of the last form `gain`, how much lower
-        its loss is than that of the best before it, and the `standard_error` of that [nats per token].
+    Attributes:
+        share: of the hidden dimension that it is without.
+        losses: of each sequence set aside, float64 [sequences].
     """
-    chosen, *others = losses
-    told: dict[str, Any] = {form.name: float(loss.mean()) for form, loss in losses.items()}
-    for form in others:
-        gains = losses[chosen] - losses[form]
-        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))
-        told |= {"gain": gain, "standard_error": error}
-        chosen = form if gain > max(MARGIN, 2 * error) else chosen
-    return chosen, told | {"sequences": len(losses[chosen]), "chosen": chosen.name}
+
+    share: float
+    losses: Tensor
+
+
+@dataclass
+class Choice:
+    """The best of the models made so far, plainer forms first.
+
+    The plainest is the first: any loader takes the same widths in every layer, and a hidden size as before is what
+    kernels and packed formats like. A later form must be better than the best before it by more than `MARGIN` and by
+    two standard errors; between hidden sizes in one form the loss alone decides.
+    """
+
+    taken: tuple[Form, Trial] | None = None
+    tried: dict[Form, Trial] = field(default_factory=dict)  # of each form the best
+
+    def takes(self, form: Form, trial: Trial) -> bool:
+        """Whether this is the best now."""
+        if self.falls(form, trial):
+            self.tried[form] = trial
+        if self.taken is not None:
+            gain, error = gained(self.taken[1], trial)
+            if gain <= (0 if form is self.taken[0] else max(MARGIN, 2 * error)):
+                return False
+        self.taken = form, trial
+        return True
+
+    def falls(self, form: Form, trial: Trial) -> bool:
+        """Whether it has less loss than all others of its form before it."""
+        return form not in self.tried or gained(self.tried[form], trial)[0] > 0
+
+    def told(self) -> dict[str, Any]:
+        """For the results: the least mean loss by name of form [nats per token], `chosen`, `sequences`; where the
+        hidden dimension was cut, `hidden_shares` by name of form; and of the last form `gain`, how much lower its loss
+        is than that of the best of the others, and the `standard_error` of that."""
+        assert self.taken is not None
+        found: dict[str, Any] = {form.name: float(trial.losses.mean()) for form, trial in self.tried.items()}
+        shares = {form.name: trial.share for form, trial in self.tried.items() if form.hidden}
+        *others, last = self.tried.values()
+        if others:
+            best = min(others, key=lambda trial: float(trial.losses.mean()))
+            gain, error = gained(best, last)
+            found |= {"gain": gain, "standard_error": error}
+        found |= {"hidden_shares": shares} if shares else {}
+        return found | {"sequences": len(last.losses), "chosen": self.taken[0].name}
+
+
+def gained(before: Trial, now: Trial) -> tuple[float, float]:
+    """How much lower the loss is, and the standard error of that [nats per token]."""
+    gains = before.losses - now.losses
+    return float(gains.mean()), float(gains.std()) / math.sqrt(len(gains))

@@ -1,0 +1,184 @@
+"""Steps 2 to 5 of `auto`: the model cut to a form. What the forms share is measured once."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from secateur.allocation import Budget, Measure, allocate, within
+from secateur.allocation.orders import cheapest_orders
+from secateur.compensation import Compensated, Compensation, Database, compensated
+from secateur.cutting import PruneResult, Step, cut
+from secateur.errors import PlanError
+from secateur.evaluation.cut_losses import CutLosses
+from secateur.groups import Group, Groups
+from secateur.importance import score
+from secateur.methods.forms import Form, hidden_shares
+from secateur.plan import PruningPlan
+from secateur.schedules import linear
+from secateur.surgery import Expressible, expressible, mask, select
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from secateur.methods.auto import Auto
+
+MEASURES = 4  # one sequence of so many of the others measures what widths cost
+
+
+class Steps:
+    """Steps 2 to 5, with what the forms share."""
+
+    def __init__(
+        self, model: PreTrainedModel, groups: Groups, rows: Tensor, settings: Auto, folder: Path, on_step: Step
+    ) -> None:
+        self.model, self.groups, self.rows, self.settings = model, groups, rows, settings
+        self.folder, self.on_step = folder, on_step
+        self.cost = settings.workload.without(model, groups) if settings.workload else None
+        self.scores: dict[str, Tensor] = {}  # of the whole model
+        self.by: dict[str, str] = {}  # the criterion of each group there
+        self.measure: Measure | None = None
+        self.candidates: dict[Form, tuple[Groups, Mapping[str, str], Expressible]] = {}
+
+    def shares(self, form: Form) -> Sequence[float]:
+        """Of the hidden dimension, what to leave out in turn for a form."""
+        hidden = [g for g in self.groups.of_kinds(["hidden"]) if form.hidden]
+        return hidden_shares(hidden[0], self.settings.budget.share) if hidden and self.settings.budget else (0.0,)
+
+    def form(self, form: Form, share: float) -> PruneResult:
+        """The model cut to a form.
+
+        Args:
+            share: of the hidden dimension that goes.
+        """
+        s, uniform = self.settings, form.uniform
+        candidates, left_whole, can = self._candidates(form)
+        searched = replace(candidates, groups=tuple(g for g in candidates if not form.hidden or g.kind != "hidden"))
+        shares = {"hidden": share} if form.hidden else s.kind_ratios
+        plan = PruningPlan({}, {})
+        for step in range(1, s.iterations + 1):
+            with self._as_cut(plan):
+                self.on_step("score")
+                measure = self._measure(searched, plan) if s.ranking == "search" else None
+                scores = self._scored(searched, plan, step / s.iterations, measure)
+                scores |= self._scored(candidates, plan, 1.0, None) if form.hidden else {}
+                self.on_step("allocate")
+                plan = allocate(
+                    candidates,
+                    scores,
+                    _share(s.budget, step, s.iterations),
+                    ranking=s.ranking,
+                    uniform=uniform,
+                    round_to=s.round_to,
+                    protect_first=s.protect_first,
+                    protect_last=s.protect_last,
+                    protect=s.protect,
+                    layer_ratios=s.layer_ratios,
+                    kind_ratios={kind: linear(step, s.iterations, part) for kind, part in shares.items()},
+                    feasible=can.feasible,
+                    ties=can.ties,
+                    multiples=can.multiples,
+                    beyond=plan if plan.kept else None,
+                    measure=measure and within(measure, searched),
+                    cost=self.cost,
+                )
+        small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
+        first = {g.name: self.scores[g.name] for g in candidates}
+        by = {g.name: self.by[g.name] for g in candidates if g.name in self.by}
+        return PruneResult(small, plan, candidates, first, left_whole, done, criteria=by)
+
+    def _candidates(self, form: Form) -> tuple[Groups, Mapping[str, str], Expressible]:
+        """The groups of a form, those that must stay whole and why, and what the class can have."""
+        if form not in self.candidates:
+            s = self.settings
+            kinds = s.kinds or tuple(dict.fromkeys([*self.groups.kinds_in_blocks(), *s.kind_ratios]))
+            hidden = ("hidden",) if form.hidden else ()
+            can = expressible(self.model, self.groups, (*kinds, *hidden), uniform=form.uniform)
+            named = s.kinds or (*s.kind_ratios, *hidden)
+            found = select(self.model, self.groups, (*kinds, *hidden), can, named=named, uniform=form.uniform)
+            self.candidates[form] = (*found, can)
+        return self.candidates[form]
+
+    def _as_cut(self, plan: PruningPlan) -> AbstractContextManager[Any]:
+        """The model as a plan leaves it: compensated, masked, or whole."""
+        if not plan.kept:
+            return nullcontext()
+        if self.settings.compensation is None:
+            return mask(self.model, plan, self.groups)
+        return compensated(self.model, plan, [self.rows], self.settings.compensation, self.groups)
+
+    def _scored(self, candidates: Groups, plan: PruningPlan, part: float, measure: Measure | None) -> dict[str, Tensor]:
+        """Importance in the model as it is now; units already removed rank below all others.
+
+        Args:
+            part: of the budget that is to be met now.
+        """
+        if not plan.kept:
+            new = [g for g in candidates if g.name not in self.scores]
+            scores, by = self._best_scores(new, part, measure) if new else ({}, {})
+            self.scores, self.by = self.scores | scores, self.by | by
+            return {g.name: self.scores[g.name] for g in candidates}
+        scores, _ = self._best_scores(candidates, part, measure)
+        for name in plan.kept:
+            scores[name][list(plan.removed(name))] = -1.0
+        return scores
+
+    def _best_scores(
+        self, groups: Sequence[Group], part: float, measure: Measure | None
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Step 2: importance by group, and the criterion found for each; where nothing is measured, the first that can
+        score these groups."""
+        found, refused = {}, []
+        for name, criterion in self.settings.criteria.items():
+            try:
+                found[name] = score(self.model, groups, [self.rows], criterion, self.settings.reduction)
+            except PlanError as error:
+                refused.append(error)
+        if not found:
+            raise refused[0]
+        if measure is None or len(found) == 1:
+            ((first, scores), *_) = found.items()
+            return scores, {} if measure is None else dict.fromkeys(scores, first)
+        share = self.settings.budget.share if self.settings.budget else 0.5
+        by = cheapest_orders(groups, found, part * share, measure)
+        return {name: found[criterion][name] for name, criterion in by.items()}, by
+
+    def _measure(self, candidates: Groups, plan: PruningPlan) -> Measure:
+        """What a search measures with."""
+        if plan.kept or self.measure is None:
+            measures = torch.arange(len(self.rows)) % MEASURES == 0
+            solves = self.settings.compensation is not None and self.settings.compensation.form == "ridge"
+            folder = Path(tempfile.mkdtemp(dir=self.folder))
+            solved = Database(self.model, self.groups, [self.rows[~measures]], folder) if solves else None
+            measure = CutLosses(self.model, self.groups, candidates, [self.rows[measures]], solved)
+            if plan.kept:
+                return measure
+            self.measure = measure
+        return self.measure
+
+
+def _cut(
+    model: PreTrainedModel, plan: PruningPlan, rows: Tensor, wanted: Compensation | None, groups: Groups, on_step: Step
+) -> tuple[PreTrainedModel, Sequence[Compensated]]:
+    """Step 5; where the dense model is no target, what a matrix put out is, and where nothing can be compensated (what
+    goes is read by no linear module), nothing is."""
+    forms = () if wanted is None else (wanted, replace(wanted, target="current"))
+    for form in dict.fromkeys(forms):
+        with suppress(PlanError):
+            return cut(model, plan, [rows], form, groups, on_step)
+    return cut(model, plan, [rows], None, groups, on_step)
+
+
+def _share(budget: Budget | None, step: int, steps: int) -> Budget | None:
+    """The part of the budget to be met after `step` of `steps`."""
+    if budget is None:
+        return None
+    given = {name: value for name, value in budget.as_dict().items() if value is not None}
+    return Budget(**{name: linear(step, steps, value) for name, value in given.items()})
