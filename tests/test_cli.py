@@ -343,9 +343,9 @@ def test_where_no_one_watches_no_bars_are_drawn(checkpoint_folder, text_file):
     assert "it/s" not in done.stderr and "%|" not in done.stderr
 
 
-def test_examples_run(tmp_path):
+def test_examples_run(tmp_path, checkpoint_folder):
     examples = Path(__file__).parents[1] / "examples"
     for script in sorted(set(examples.glob("0*.py")) - {examples / "04_llama_cpp.py"}):  # the README's, run with it
-        arguments = ["demo", str(tmp_path / "o")] if "02" in script.name else []
+        arguments = [str(checkpoint_folder), *([str(tmp_path / "o")] if "02" in script.name else [])]
         done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-2000:]
