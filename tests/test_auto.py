@@ -11,9 +11,9 @@ import zoo
 from secateur.allocation import Budget
 from secateur.allocation.orders import cheapest_orders
 from secateur.config import dump_recipe, parse_recipe
+from secateur.cutting import PruneResult
 from secateur.data import calibration_tokens, load_corpus
 from secateur.discovery import discover
-from secateur.cutting import PruneResult
 from secateur.errors import BudgetError, PlanError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
@@ -81,12 +81,17 @@ def test_between_hidden_sizes_of_one_form_the_loss_alone_decides():
     assert not choice.takes(forms.HIDDEN, forms.Trial(0.1, least - 0.01))  # no less plain than it must be
     assert choice.takes(forms.HIDDEN, forms.Trial(0.2, least - 0.1))
     finer = forms.Trial(0.3, least - 0.101)
-    assert choice.falls(forms.HIDDEN, finer) and choice.takes(forms.HIDDEN, finer)
+    assert choice.takes(forms.HIDDEN, finer) and choice.tried[forms.HIDDEN] is finer
     worse = forms.Trial(0.4, least + 1)
-    assert not choice.falls(forms.HIDDEN, worse) and not choice.takes(forms.HIDDEN, worse)
+    assert not choice.takes(forms.HIDDEN, worse) and choice.tried[forms.HIDDEN] is finer
     told = choice.told()
     assert told["hidden"] == pytest.approx(3.899) and told["hidden_shares"] == {"hidden": 0.3}
     assert told["gain"] == pytest.approx(0.101) and told["chosen"] == "hidden"
+    choice = forms.Choice()
+    assert choice.takes(forms.UNIFORM, forms.Trial(0.0, least))
+    assert not choice.takes(forms.HIDDEN, forms.Trial(0.1, least + torch.tensor([1.0, -1.2] * 4)))  # not surely better
+    assert not choice.takes(forms.HIDDEN, forms.Trial(0.2, least - 0.05))  # surely, but not the best hidden size
+    assert choice.told()["hidden_shares"] == {"hidden": 0.1} and choice.told()["chosen"] == "uniform"
 
 
 @pytest.mark.parametrize(

@@ -135,10 +135,9 @@ def run(
                 except (PlanError, BudgetError, NonFiniteError) as error:  # a class may be able to have some forms only
                     refused[form] = error
                     continue
-                falls = choice.falls(form, trial)
                 best = result if choice.takes(form, trial) else best
                 del result  # which is held no longer if it is not the best
-                if not falls:
+                if choice.tried[form] is not trial:  # the loss falls no more
                     break
     if best is None:  # where a budget is the matter, cutting the hidden dimension reaches furthest
         furthest = [error for form, error in refused.items() if form.hidden and isinstance(error, BudgetError)]

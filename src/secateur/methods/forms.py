@@ -97,19 +97,16 @@ class Choice:
     tried: dict[Form, Trial] = field(default_factory=dict)  # of each form the best
 
     def takes(self, form: Form, trial: Trial) -> bool:
-        """Whether this is the best now."""
-        if self.falls(form, trial):
-            self.tried[form] = trial
+        """Whether this is the best now; `tried` holds it if it is the best of its form."""
+        if form in self.tried and gained(self.tried[form], trial)[0] <= 0:
+            return False
+        self.tried[form] = trial
         if self.taken is not None:
             gain, error = gained(self.taken[1], trial)
             if gain <= (0 if form is self.taken[0] else max(MARGIN, 2 * error)):
                 return False
         self.taken = form, trial
         return True
-
-    def falls(self, form: Form, trial: Trial) -> bool:
-        """Whether it has less loss than all others of its form before it."""
-        return form not in self.tried or gained(self.tried[form], trial)[0] > 0
 
     def told(self) -> dict[str, Any]:
         """For the results: the least mean loss by name of form [nats per token], `chosen`, `sequences`; where the
