@@ -254,6 +254,20 @@ def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, chec
     assert not {"choice", "criteria"} & json.loads((tmp_path / "b" / "results.json").read_text()).keys()
 
 
+def test_a_smaller_hidden_size_is_found_and_told(secateur, checkpoint_folder, text_file, tmp_path):
+    common = ["--calibration", text_file, "--samples", "16", "--seq-len", "32"]
+    code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", "--sparsity", "0.9", *common)
+    assert code == 0, err
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    hidden, choice = results["kinds"]["hidden"], results["choice"]
+    assert hidden["asked"] is None and hidden["share"] == pytest.approx(
+        choice["hidden_shares"][choice["chosen"]], abs=1e-6
+    )
+    assert results["parity"]["max_logit_difference"] < 1e-4 and "and a smaller hidden size" in printed
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["hidden_size"] == hidden["units"] - hidden["removed"]
+
+
 def test_where_hidden_states_are_compared_the_hidden_size_stays(secateur, checkpoint_folder, text_file, tmp_path):
     calibration = {"source": str(text_file), "samples": 16, "seq_len": 32}
     recovery = {"steps": 2, "data": [str(text_file)], "distill": {"hidden": 0.1}, "seq_len": 32}

@@ -89,6 +89,8 @@ class Steps:
                     measure=measure and within(measure, searched),
                     cost=self.cost,
                 )
+        if form.hidden:  # its share is tried, and nobody asked for it
+            plan.provenance["allocation"]["shares"]["hidden"]["asked"] = None
         small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
         first = {g.name: self.scores[g.name] for g in candidates}
         by = {g.name: self.by[g.name] for g in candidates if g.name in self.by}
