@@ -17,7 +17,6 @@ from secateur.discovery import discover
 from secateur.errors import BudgetError, PlanError, RecipeError
 from secateur.evaluation import perplexity
 from secateur.evaluation.cut_losses import CutLosses, losses_of_rows
-from secateur.groups import Group
 from secateur.importance import CRITERIA, Taylor, score
 from secateur.methods import auto, auto_steps, forms
 from secateur.methods.auto import Auto, run
@@ -87,6 +86,8 @@ def test_between_hidden_sizes_of_one_form_the_loss_alone_decides():
     told = choice.told()
     assert told["hidden"] == pytest.approx(3.899) and told["hidden_shares"] == {"hidden": 0.3}
     assert told["gain"] == pytest.approx(0.101) and told["chosen"] == "hidden"
+    assert not choice.takes(forms.PER_LAYER, forms.Trial(0.0, least - 0.115))
+    assert choice.told()["gain"] == pytest.approx(0.014)  # of what had been taken, which was too little
     choice = forms.Choice()
     assert choice.takes(forms.UNIFORM, forms.Trial(0.0, least))
     assert not choice.takes(forms.HIDDEN, forms.Trial(0.1, least + torch.tensor([1.0, -1.2] * 4)))  # not surely better
@@ -98,7 +99,7 @@ def test_between_hidden_sizes_of_one_form_the_loss_alone_decides():
     "units, sparsity, left", [(4096, 0.5, [3584, 3072, 2560, 2048]), (48, 0.3, [45, 41, 38, 34]), (64, 0.02, [])]
 )
 def test_hidden_sizes_to_try_are_whole_slices(units, sparsity, left):
-    shares = forms.hidden_shares(Group("model/hidden", "hidden", units), sparsity)
+    shares = forms.hidden_shares(units, sparsity)
     assert [units * (1 - share) for share in shares] == pytest.approx(left)
 
 
@@ -124,10 +125,10 @@ def test_the_forms_are_what_they_say_and_the_best_is_taken(trained, tokens, monk
             losses[share] = float(losses_of_rows(cut.model, tokens[forms.ASIDE - 1 :: forms.ASIDE]).mean())
         assert result.choice[name] == pytest.approx(min(losses.values()))
         if "hidden" in name:
-            taken = result.choice["hidden_shares"][name]
-            assert losses[taken] == min(losses.values()) and 0 < taken < 0.2
-    shares = result.choice["hidden_shares"]
-    assert result.plan == made[result.choice["chosen"]][shares.get(result.choice["chosen"], 0.0)].plan
+            taken = min(losses, key=lambda share: losses[share])
+            assert result.choice["hidden_shares"][name] == pytest.approx(taken, abs=1e-6) and 0 < taken < 0.2
+    share = result.choice["hidden_shares"].get(result.choice["chosen"], 0.0)
+    assert any(result.plan == cut.plan and abs(s - share) < 1e-6 for s, cut in made[result.choice["chosen"]].items())
     asked = run(trained, [tokens], Auto(Budget(0.2), kinds=("ffn_channel",), uniform=True, compensation=None))
     assert not asked.choice  # what was said leaves one form
 
@@ -137,7 +138,8 @@ def test_larger_shares_of_the_hidden_dimension_are_tried_as_long_as_the_loss_fal
 
     def form(self, form, share):
         made.append((form.name, share))
-        return PruneResult(trained, PruningPlan({}, {}), discover(trained), {})
+        plan = PruningPlan({}, {}, {"allocation": {"shares": {"hidden": {"share": share}}}})
+        return PruneResult(trained, plan, discover(trained), {})
 
     monkeypatch.setattr(auto_steps.Steps, "form", form)
     monkeypatch.setattr(auto, "losses_aside", lambda *given: torch.full((8,), next(answers), dtype=torch.float64))
@@ -266,6 +268,50 @@ def test_a_smaller_hidden_size_is_found_and_told(secateur, checkpoint_folder, te
     assert results["parity"]["max_logit_difference"] < 1e-4 and "and a smaller hidden size" in printed
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["hidden_size"] == hidden["units"] - hidden["removed"]
+
+
+@pytest.mark.parametrize("kind", ["mamba", "gpt2", "phi3"])
+def test_what_no_widths_reach_is_met_by_the_hidden_dimension_and_all_else_alike(kind):
+    """Nothing else can be cut; heads go with it, and are coarse; the budget is extreme."""
+    budget, room = {"mamba": (0.3, 0.01), "gpt2": (0.4, 0.07), "phi3": (0.99, 0.001)}[kind]
+    model = zoo.tiny_model(kind)
+    rows = torch.randint(3, 60, (16, 24), generator=torch.Generator().manual_seed(0))
+    result = run(model, [rows], Auto(Budget(budget), compensation=None))
+    assert result.choice["chosen"] == "hidden" and "no other form is possible" in result.choice["why"]
+    assert abs(1 - result.model.num_parameters() / model.num_parameters() - budget) < room
+    assert result.plan.provenance["allocation"]["shares"]["hidden"]["asked"] is None
+
+
+def test_hidden_sizes_are_tried_once_and_told_as_they_are(monkeypatch):
+    """Rounded to 16 of 144 dimensions, three of the four shares are one and the same size, or the whole."""
+    model = zoo.tiny_model("phi3")
+    rows = torch.randint(3, 60, (16, 24), generator=torch.Generator().manual_seed(0))
+    made, whole = [], auto_steps.Steps.form
+
+    def kept(self, form, share):
+        result = whole(self, form, share)
+        made.append((form, result.model.config.hidden_size))
+        return result
+
+    monkeypatch.setattr(auto_steps.Steps, "form", kept)
+    result = run(model, [rows], Auto(Budget(0.2), compensation=None, uniform=True, round_to=16))
+    sizes = [size for form, size in made if form.hidden]
+    assert sizes and len(set(sizes)) == len(sizes) and all(size < 144 and size % 16 == 0 for size in sizes)
+    assert round(144 * (1 - result.choice["hidden_shares"]["hidden"])) in sizes
+    assert not result.plan.provenance["allocation"]["kind_ratios"]
+
+
+def test_where_the_hidden_dimension_cannot_be_cut_no_sequences_are_set_aside():
+    rows = torch.randint(3, 60, (16, 24), generator=torch.Generator().manual_seed(0))
+    assert run(zoo.tiny_model("xglm"), [rows], Auto(Budget(0.1), compensation=None, uniform=False)).choice == {}
+
+
+def test_a_hidden_size_whose_widths_fall_short_of_the_budget_is_not_compared(trained, tokens):
+    plan = PruningPlan({}, {}, {"allocation": {"sparsity": 0.37, "shares": {"hidden": {"asked": 0.2}}}})
+    with pytest.raises(BudgetError, match=r"come to a sparsity of 0\.3700 only"):
+        auto_steps._check_tried(plan, Budget(0.4))
+    auto_steps._check_tried(plan, Budget(0.3745))
+    assert plan.provenance["allocation"] == {"sparsity": 0.37, "shares": {"hidden": {"asked": None}}, "kind_ratios": {}}
 
 
 def test_where_hidden_states_are_compared_the_hidden_size_stays(secateur, checkpoint_folder, text_file, tmp_path):

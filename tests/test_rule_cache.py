@@ -63,6 +63,14 @@ def test_rules_of_a_class_are_tried_first_on_another_configuration(fresh, monkey
     assert answers(make("gpt2", n_inner=60)) == expected
 
 
+def test_a_field_that_another_configuration_does_not_set_is_no_error(fresh):
+    answers(make("gpt2", n_inner=60))
+    known = answers(make("gpt2", n_inner=None))
+    for file in cache_folder().glob("*.json"):
+        file.unlink()
+    assert answers(make("gpt2", n_inner=None)) == known
+
+
 def test_a_rule_that_is_wrong_for_a_configuration_is_not_taken(fresh):
     """Heads of one configuration may be set by what means nothing, or something else, in another."""
     model = make("llama")

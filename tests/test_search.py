@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from secateur.allocation import Budget, allocate
 from secateur.allocation.families import select_families
 from secateur.allocation.limits import Limits
-from secateur.allocation.search import GENERATIONS, SHARES, Curve, candidates, cheapest, curves, together, tradeoff
+from secateur.allocation.search import (
+    GENERATIONS,
+    SHARES,
+    Curve,
+    candidates,
+    cheapest,
+    curves,
+    together,
+    tradeoff,
+    within,
+)
 from secateur.allocation.size import parameters_left
 from secateur.errors import BudgetError
 
@@ -185,6 +195,27 @@ def test_kinds_that_share_matrices_are_refused():
     measure = Measured(groups, dict.fromkeys((g.name for g in groups), 1.0))
     with pytest.raises(BudgetError, match="share matrices"):
         allocate(groups, random_scores(groups, kinds, 0), Budget(0.3), ranking="search", measure=measure)
+
+
+def test_with_a_share_of_the_hidden_dimension_set_widths_meet_the_rest():
+    """What is measured is without it, and the curve, which would lack what it costs, is left out."""
+    groups = llama_groups(layers=2, ffn=64, kv=4, hidden=16)
+    kinds = [*KINDS, "hidden"]
+    searched, asked = groups.only(KINDS), []
+
+    def measure(cuts):
+        asked.extend(cuts)
+        return [float(sum(map(len, cut.values()))) for cut in cuts]
+
+    shares = {"hidden": 0.25}
+    plan = allocate(
+        groups, random_scores(groups, kinds, 0), Budget(0.5), kinds=kinds, ranking="search", kind_ratios=shares,
+        measure=within(measure, list(searched)),
+    )  # fmt: skip
+    assert asked and {name for cut in asked for name in cut} <= {g.name for g in searched}
+    (hidden,) = groups.of_kinds(["hidden"])
+    assert len(plan.kept[hidden.name]) == 12 and abs(plan.provenance["allocation"]["sparsity"] - 0.5) < 0.02
+    assert "tradeoff" not in plan.provenance["allocation"]
 
 
 def test_the_tradeoff_comes_from_the_same_measurements():

@@ -168,8 +168,8 @@ def print_choice(choice: dict[str, Any]) -> None:
     if "gain" in choice:
         change = math.exp(-choice["gain"]) - 1
         more = (
-            f" (the last {abs(change):.1%} {'lower' if change < 0 else 'higher'} than the best before it, standard "
-            f"error {choice['standard_error']:.1%})"
+            f" (the last {abs(change):.1%} {'lower' if change < 0 else 'higher'} than the one taken before it, "
+            f"standard error {choice['standard_error']:.1%})"
         )
     out.print(
         f"{taken}: on {choice['sequences']} calibration sequences set aside the perplexity is {found}{more}",

@@ -43,6 +43,7 @@ from secateur.compensation import Compensation
 from secateur.cutting import PruneResult, Step
 from secateur.discovery import discover
 from secateur.errors import BudgetError, NonFiniteError, PlanError, SecateurError
+from secateur.groups import Groups
 from secateur.importance import CRITERIA
 from secateur.methods.auto_steps import Steps
 from secateur.methods.forms import FEWEST, FORMS, PER_LAYER, UNIFORM, Choice, Form, Trial, apart, losses_aside
@@ -121,19 +122,26 @@ def run(
         NonFiniteError: a loss or score is NaN or infinite.
     """
     on_step("discover")
-    forms, why = _forms(settings, sum(map(len, batches)))
+    groups = discover(model)
+    forms, why = _forms(settings, groups, sum(map(len, batches)))
     rest, aside = apart(batches, len(forms) > 1)
     choice, best = Choice(), None
     refused: dict[Form, SecateurError] = {}
     with tempfile.TemporaryDirectory() as folder:
-        work = Steps(model, discover(model), rest, settings, Path(folder), on_step)
+        steps = Steps(model, groups, rest, settings, Path(folder), on_step)
         for form in forms:
-            for share in work.shares(form):
+            try:
+                shares = steps.shares(form)
+            except PlanError as error:  # a class may be able to have some forms only
+                refused[form] = error
+                continue
+            for share in shares:
+                if share is None and choice.tried:  # which is for where nothing else can be made
+                    break
                 try:
-                    result = work.form(form, share)
-                    trial = Trial(share, losses_aside(result.model, aside))
-                except (PlanError, BudgetError, NonFiniteError) as error:  # a class may be able to have some forms only
-                    refused[form] = error
+                    result, trial = _made(steps, form, share, aside)
+                except (PlanError, BudgetError, NonFiniteError) as error:
+                    refused[form] = error.with_traceback(None)  # which would hold the model
                     continue
                 best = result if choice.takes(form, trial) else best
                 del result  # which is held no longer if it is not the best
@@ -149,12 +157,20 @@ def run(
     return replace(best, choice={"chosen": next(iter(choice.tried)).name, "why": why} if why else {})
 
 
-def _forms(settings: Auto, sequences: int) -> tuple[list[Form], str]:
+def _made(steps: Steps, form: Form, share: float | None, aside: Tensor) -> tuple[PruneResult, Trial]:
+    """The model cut to a form, and its loss on the sequences set aside."""
+    result = steps.form(form, share)
+    hidden = result.plan.provenance["allocation"]["shares"].get("hidden", {})
+    return result, Trial(hidden.get("share", 0.0), losses_aside(result.model, aside))
+
+
+def _forms(settings: Auto, groups: Groups, sequences: int) -> tuple[list[Form], str]:
     """The forms to make; and why it is only one of them, where that was not asked for."""
     s = settings
     if s.protect_first or s.protect_last or s.protect or s.layer_ratios:
         return [UNIFORM if s.uniform else PER_LAYER], "some layers are to be cut otherwise" if s.uniform is None else ""
-    forms = [f for f in FORMS if s.uniform in (None, f.uniform) and (s.tries_hidden or not f.hidden)]
+    hidden = s.tries_hidden and bool(groups.of_kinds(["hidden"]))
+    forms = [f for f in FORMS if s.uniform in (None, f.uniform) and (hidden or not f.hidden)]
     if len(forms) > 1 and sequences < FEWEST:
         return forms[:1], f"{sequences} calibration sequences are too few to choose by, {FEWEST} would do (--samples)"
     return forms, ""

@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from secateur.allocation import Budget, Measure, allocate, within
+from secateur.allocation.families import select_families
+from secateur.allocation.limits import Limits
 from secateur.allocation.orders import cheapest_orders
 from secateur.compensation import Compensated, Compensation, Database, compensated
 from secateur.cutting import PruneResult, Step, cut
-from secateur.errors import PlanError
+from secateur.errors import BudgetError, PlanError
 from secateur.evaluation.cut_losses import CutLosses
 from secateur.groups import Group, Groups
 from secateur.importance import score
-from secateur.methods.forms import Form, hidden_shares
+from secateur.methods.forms import SHORT, Form, hidden_shares
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
 from secateur.surgery import Expressible, expressible, mask, select
@@ -28,6 +30,7 @@ from secateur.surgery import Expressible, expressible, mask, select
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from secateur.allocation.ranking import RankingName
     from secateur.methods.auto import Auto
 
 MEASURES = 4  # one sequence of so many of the others measures what widths cost
@@ -42,31 +45,49 @@ class Steps:
         self.model, self.groups, self.rows, self.settings = model, groups, rows, settings
         self.folder, self.on_step = folder, on_step
         self.cost = settings.workload.without(model, groups) if settings.workload else None
+        self.kinds = settings.kinds or tuple(dict.fromkeys([*groups.kinds_in_blocks(), *settings.kind_ratios]))
         self.scores: dict[str, Tensor] = {}  # of the whole model
         self.by: dict[str, str] = {}  # the criterion of each group there
         self.measure: Measure | None = None
         self.candidates: dict[Form, tuple[Groups, Mapping[str, str], Expressible]] = {}
 
-    def shares(self, form: Form) -> Sequence[float]:
-        """Of the hidden dimension, what to leave out in turn for a form."""
-        hidden = [g for g in self.groups.of_kinds(["hidden"]) if form.hidden]
-        return hidden_shares(hidden[0], self.settings.budget.share) if hidden and self.settings.budget else (0.0,)
+    def shares(self, form: Form) -> list[float | None]:
+        """What to leave out of the hidden dimension, in turn. The last is None: as much as of all else.
 
-    def form(self, form: Form, share: float) -> PruneResult:
+        Raises:
+            PlanError: the class cannot have this form.
+        """
+        if not form.hidden:
+            return [0.0]
+        assert self.settings.budget is not None  # `tries_hidden`
+        candidates, _, can = self._candidates(form)
+        limits = Limits(
+            form.uniform, self.settings.round_to, feasible=can.feasible, ties=can.ties, multiples=can.multiples
+        )
+        families = select_families(candidates, None, list(dict.fromkeys(g.kind for g in candidates)), limits)
+        family = next(f for f in families if "hidden" in f.kinds)
+        counts = []
+        for share in hidden_shares(family.units, self.settings.budget.share):
+            with suppress(BudgetError):  # more than can go
+                counts.append(family.count_for_share(share, limits))
+        return [*(1 - count / family.units for count in dict.fromkeys(counts) if count < family.units), None]
+
+    def form(self, form: Form, share: float | None) -> PruneResult:
         """The model cut to a form.
 
         Args:
-            share: of the hidden dimension that goes.
+            share: of the hidden dimension that goes; None for as much as of all other kinds.
         """
         s, uniform = self.settings, form.uniform
         candidates, left_whole, can = self._candidates(form)
         searched = replace(candidates, groups=tuple(g for g in candidates if not form.hidden or g.kind != "hidden"))
-        shares = {"hidden": share} if form.hidden else s.kind_ratios
+        ranking: RankingName = "local" if share is None else s.ranking
+        shares = s.kind_ratios if not form.hidden else {} if share is None else {"hidden": share}
         plan = PruningPlan({}, {})
         for step in range(1, s.iterations + 1):
             with self._as_cut(plan):
                 self.on_step("score")
-                measure = self._measure(searched, plan) if s.ranking == "search" else None
+                measure = self._measure(plan) if ranking == "search" else None
                 scores = self._scored(searched, plan, step / s.iterations, measure)
                 scores |= self._scored(candidates, plan, 1.0, None) if form.hidden else {}
                 self.on_step("allocate")
@@ -74,7 +95,7 @@ class Steps:
                     candidates,
                     scores,
                     _share(s.budget, step, s.iterations),
-                    ranking=s.ranking,
+                    ranking=ranking,
                     uniform=uniform,
                     round_to=s.round_to,
                     protect_first=s.protect_first,
@@ -89,8 +110,8 @@ class Steps:
                     measure=measure and within(measure, searched),
                     cost=self.cost,
                 )
-        if form.hidden:  # its share is tried, and nobody asked for it
-            plan.provenance["allocation"]["shares"]["hidden"]["asked"] = None
+        if form.hidden and share is not None:
+            _check_tried(plan, s.budget)
         small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
         first = {g.name: self.scores[g.name] for g in candidates}
         by = {g.name: self.by[g.name] for g in candidates if g.name in self.by}
@@ -99,12 +120,10 @@ class Steps:
     def _candidates(self, form: Form) -> tuple[Groups, Mapping[str, str], Expressible]:
         """The groups of a form, those that must stay whole and why, and what the class can have."""
         if form not in self.candidates:
-            s = self.settings
-            kinds = s.kinds or tuple(dict.fromkeys([*self.groups.kinds_in_blocks(), *s.kind_ratios]))
             hidden = ("hidden",) if form.hidden else ()
-            can = expressible(self.model, self.groups, (*kinds, *hidden), uniform=form.uniform)
-            named = s.kinds or (*s.kind_ratios, *hidden)
-            found = select(self.model, self.groups, (*kinds, *hidden), can, named=named, uniform=form.uniform)
+            kinds, named = (*self.kinds, *hidden), self.settings.kinds or (*self.settings.kind_ratios, *hidden)
+            can = expressible(self.model, self.groups, kinds, uniform=form.uniform)
+            found = select(self.model, self.groups, kinds, can, named=named, uniform=form.uniform)
             self.candidates[form] = (*found, can)
         return self.candidates[form]
 
@@ -152,14 +171,16 @@ class Steps:
         by = cheapest_orders(groups, found, part * share, measure)
         return {name: found[criterion][name] for name, criterion in by.items()}, by
 
-    def _measure(self, candidates: Groups, plan: PruningPlan) -> Measure:
+    def _measure(self, plan: PruningPlan) -> Measure:
         """What a search measures with."""
         if plan.kept or self.measure is None:
             measures = torch.arange(len(self.rows)) % MEASURES == 0
             solves = self.settings.compensation is not None and self.settings.compensation.form == "ridge"
             folder = Path(tempfile.mkdtemp(dir=self.folder))
             solved = Database(self.model, self.groups, [self.rows[~measures]], folder) if solves else None
-            measure = CutLosses(self.model, self.groups, candidates, [self.rows[measures]], solved)
+            measure = CutLosses(
+                self.model, self.groups, self.groups.of_kinds(self.kinds), [self.rows[measures]], solved
+            )
             if plan.kept:
                 return measure
             self.measure = measure
@@ -176,6 +197,18 @@ def _cut(
         with suppress(PlanError):
             return cut(model, plan, [rows], form, groups, on_step)
     return cut(model, plan, [rows], None, groups, on_step)
+
+
+def _check_tried(plan: PruningPlan, budget: Budget | None) -> None:
+    """Make sure that a hidden size that is tried goes with widths that meet the budget; nobody asked for its share.
+
+    Raises:
+        BudgetError: they do not, as only coarse units are left to cut.
+    """
+    made = plan.provenance["allocation"]
+    made["kind_ratios"], made["shares"]["hidden"]["asked"] = {}, None
+    if budget is not None and budget.share - made["sparsity"] > SHORT:
+        raise BudgetError(f"with this hidden size whole units come to a sparsity of {made['sparsity']:.4f} only")
 
 
 def _share(budget: Budget | None, step: int, steps: int) -> Budget | None:

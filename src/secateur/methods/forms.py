@@ -12,7 +12,6 @@ from torch import Tensor
 
 from secateur.errors import NonFiniteError
 from secateur.evaluation.cut_losses import losses_of_rows
-from secateur.groups import Group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,8 +19,9 @@ if TYPE_CHECKING:
 ASIDE = 4  # one sequence of so many is set aside
 FEWEST = 16  # sequences, so that there is a choice
 MARGIN = 0.02  # nats per token, 2 % of the perplexity
-OF_HIDDEN = (1 / 4, 1 / 2, 3 / 4, 1)  # of the budget's share, what the hidden dimension loses
+OF_HIDDEN = (1 / 4, 1 / 2, 3 / 4, 1)  # of the budget's share, what the hidden dimension may lose
 SLICES = 32  # of the hidden dimension: whole ones go, so that 4,096 stays a multiple of 128
+SHORT = 0.005  # of all parameters: a cut that falls further short of the budget is compared with no other
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,15 @@ def apart(batches: Sequence[Tensor], some: bool) -> tuple[Tensor, Tensor]:
     return rows[~aside], rows[aside]
 
 
-def hidden_shares(hidden: Group, sparsity: float) -> list[float]:
-    """The shares of the hidden dimension to try to leave out, ascending."""
-    units = max(1, hidden.units // SLICES)
-    steps = {int(part * sparsity * hidden.units / units) for part in OF_HIDDEN}
-    return [step * units / hidden.units for step in sorted(steps) if 0 < step * units < hidden.units]
+def hidden_shares(units: int, sparsity: float) -> list[float]:
+    """The shares of the hidden dimension to try to leave out, ascending.
+
+    Args:
+        units: what it can be cut by: dimensions, or heads where these are tied to it.
+    """
+    slice_ = max(1, units // SLICES)
+    slices = {int(part * sparsity * units / slice_) for part in OF_HIDDEN}
+    return [number * slice_ / units for number in sorted(slices) if 0 < number * slice_ < units]
 
 
 def losses_aside(model: PreTrainedModel, aside: Tensor) -> Tensor:
@@ -76,7 +80,7 @@ class Trial(NamedTuple):
     """A model that was made.
 
     Attributes:
-        share: of the hidden dimension that it is without.
+        share: of the hidden dimension that went.
         losses: of each sequence set aside, float64 [sequences].
     """
 
@@ -89,16 +93,19 @@ class Choice:
     """The best of the models made so far, plainer forms first.
 
     The plainest is the first: any loader takes the same widths in every layer, and a hidden size as before is what
-    kernels and packed formats like. A later form must be better than the best before it by more than `MARGIN` and by
-    two standard errors; between hidden sizes in one form the loss alone decides.
+    kernels and packed formats like. A later form must be better than the one taken before it by more than `MARGIN` and
+    by two standard errors; between hidden sizes in one form the loss alone decides.
     """
 
     taken: tuple[Form, Trial] | None = None
     tried: dict[Form, Trial] = field(default_factory=dict)  # of each form the best
+    before: Trial | None = None  # what was taken before the last form
 
     def takes(self, form: Form, trial: Trial) -> bool:
         """Whether this is the best now; `tried` holds it if it is the best of its form."""
-        if form in self.tried and gained(self.tried[form], trial)[0] <= 0:
+        if form not in self.tried:
+            self.before = self.taken and self.taken[1]
+        elif gained(self.tried[form], trial)[0] <= 0:
             return False
         self.tried[form] = trial
         if self.taken is not None:
@@ -111,14 +118,13 @@ class Choice:
     def told(self) -> dict[str, Any]:
         """For the results: the least mean loss by name of form [nats per token], `chosen`, `sequences`; where the
         hidden dimension was cut, `hidden_shares` by name of form; and of the last form `gain`, how much lower its loss
-        is than that of the best of the others, and the `standard_error` of that."""
+        is than that of what was taken before it, and the `standard_error` of that."""
         assert self.taken is not None
         found: dict[str, Any] = {form.name: float(trial.losses.mean()) for form, trial in self.tried.items()}
         shares = {form.name: trial.share for form, trial in self.tried.items() if form.hidden}
-        *others, last = self.tried.values()
-        if others:
-            best = min(others, key=lambda trial: float(trial.losses.mean()))
-            gain, error = gained(best, last)
+        last = list(self.tried.values())[-1]
+        if self.before is not None:
+            gain, error = gained(self.before, last)
             found |= {"gain": gain, "standard_error": error}
         found |= {"hidden_shares": shares} if shares else {}
         return found | {"sequences": len(last.losses), "chosen": self.taken[0].name}

@@ -357,7 +357,7 @@ def scaled_fields(
         layers: the layers that stay, for rules that remove some.
 
     Raises:
-        PlanError: a field would not stay whole.
+        PlanError: a field would not stay whole, or is not set.
     """
     pinned: dict[str, Any] = {}
     shares: dict[str, Fraction] = {}
@@ -371,7 +371,10 @@ def scaled_fields(
         changed |= {name: sum(i < before[name] for i in layers[rule]) for name in rule.prefixes}
         changed |= {name: _last(before[name], before[rule.fields[0]], layers[rule]) for name in rule.suffixes}
     for name, share in shares.items():
-        size = share * int(pinned.get(name) or before[name])
+        value = pinned.get(name) or before[name]
+        if value is None:
+            raise PlanError(f"{name} is not set, so no share of it can be kept")
+        size = share * int(value)
         if size.denominator != 1:
             raise PlanError(f"{name} would become {float(size):.2f}; choose counts that keep it whole")
         changed[name] = int(size)
