@@ -359,7 +359,7 @@ def test_a_form_that_the_class_cannot_have_is_left_out(trained, tokens, monkeypa
 
     def only(self, form, share):
         if form.uniform or form.hidden:
-            raise PlanError("no field says so")
+            raise PlanError("no field says so; take another class")
         return whole(self, form, share)
 
     monkeypatch.setattr(auto_steps.Steps, "form", only)

@@ -152,7 +152,8 @@ def run(
         raise [*furthest, refused[forms[0]]][0]
     if len(choice.tried) > 1:
         return replace(best, choice=choice.told())
-    reasons = dict.fromkeys(str(error) for form, error in refused.items() if form not in choice.tried)
+    # without what a user could do about it, who need not
+    reasons = dict.fromkeys(str(e).partition(";")[0] for form, e in refused.items() if form not in choice.tried)
     why = why or (f"no other form is possible: {'; '.join(reasons)}" if reasons else "")
     return replace(best, choice={"chosen": next(iter(choice.tried)).name, "why": why} if why else {})
 
