@@ -343,6 +343,12 @@ def test_where_no_one_watches_no_bars_are_drawn(checkpoint_folder, text_file):
     assert "it/s" not in done.stderr and "%|" not in done.stderr
 
 
+def test_the_module_is_the_command(tmp_path):
+    command = [sys.executable, "-m", "secateur", "groups", str(tmp_path / "nowhere")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "nowhere" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_examples_run(tmp_path, checkpoint_folder):
     examples = Path(__file__).parents[1] / "examples"
     for script in sorted(set(examples.glob("0*.py")) - {examples / "04_llama_cpp.py"}):  # the README's, run with it
