@@ -301,6 +301,13 @@ def test_hidden_sizes_are_tried_once_and_told_as_they_are(monkeypatch):
     assert not result.plan.provenance["allocation"]["kind_ratios"]
 
 
+def test_what_was_cut_by_layer_can_be_cut_again(trained, tokens):
+    once = run(trained, [tokens], Auto(Budget(0.2), compensation=None, uniform=False, kinds=("ffn_channel",))).model
+    twice = run(once, [tokens], Auto(Budget(0.3), compensation=None))
+    assert "per_layer" in twice.choice["chosen"]
+    assert abs(1 - twice.model.num_parameters() / once.num_parameters() - 0.3) < 0.01
+
+
 def test_where_the_hidden_dimension_cannot_be_cut_no_sequences_are_set_aside():
     rows = torch.randint(3, 60, (16, 24), generator=torch.Generator().manual_seed(0))
     assert run(zoo.tiny_model("xglm"), [rows], Auto(Budget(0.1), compensation=None, uniform=False)).choice == {}

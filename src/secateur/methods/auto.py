@@ -132,7 +132,7 @@ def run(
         for form in forms:
             try:
                 shares = steps.shares(form)
-            except PlanError as error:  # a class may be able to have some forms only
+            except (PlanError, BudgetError) as error:  # a class may be able to have some forms only
                 refused[form] = error
                 continue
             for share in shares:

@@ -56,6 +56,7 @@ class Steps:
 
         Raises:
             PlanError: the class cannot have this form.
+            BudgetError: nor can the model, as its layers differ already.
         """
         if not form.hidden:
             return [0.0]
