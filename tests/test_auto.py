@@ -316,8 +316,8 @@ def test_where_the_hidden_dimension_cannot_be_cut_no_sequences_are_set_aside():
 def test_a_hidden_size_whose_widths_fall_short_of_the_budget_is_not_compared(trained, tokens):
     plan = PruningPlan({}, {}, {"allocation": {"sparsity": 0.37, "shares": {"hidden": {"asked": 0.2}}}})
     with pytest.raises(BudgetError, match=r"come to a sparsity of 0\.3700 only"):
-        auto_steps._check_tried(plan, Budget(0.4))
-    auto_steps._check_tried(plan, Budget(0.3745))
+        auto_steps._record_tried(plan, Budget(0.4))
+    auto_steps._record_tried(plan, Budget(0.3745))
     assert plan.provenance["allocation"] == {"sparsity": 0.37, "shares": {"hidden": {"asked": None}}, "kind_ratios": {}}
 
 

@@ -112,7 +112,7 @@ class Steps:
                     cost=self.cost,
                 )
         if form.hidden and share is not None:
-            _check_tried(plan, s.budget)
+            _record_tried(plan, s.budget)
         small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
         first = {g.name: self.scores[g.name] for g in candidates}
         by = {g.name: self.by[g.name] for g in candidates if g.name in self.by}
@@ -200,8 +200,8 @@ def _cut(
     return cut(model, plan, [rows], None, groups, on_step)
 
 
-def _check_tried(plan: PruningPlan, budget: Budget | None) -> None:
-    """Make sure that a hidden size that is tried goes with widths that meet the budget; nobody asked for its share.
+def _record_tried(plan: PruningPlan, budget: Budget | None) -> None:
+    """Record that nobody asked for a hidden size that is tried, and make sure that its widths meet the budget.
 
     Raises:
         BudgetError: they do not, as only coarse units are left to cut.
