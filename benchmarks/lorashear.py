@@ -10,6 +10,7 @@ Every row trains adapters for the same number of steps of the same size:
     auto        our method's cut after a tenth of the steps (`adapt`), then the rest of them, norms and embeddings
                 trained whole beside the adapters; settings of it may follow after a colon, and `distill=0.9`, the
                 weight of learning from the dense model
+    gate+ridge  and the like: any cut of `untuned.py` in the place of `auto`'s, and all else as for `auto`
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
     lorashear-random  the same with units drawn at random in each period
@@ -41,11 +42,13 @@ from unittest import mock
 import torch
 import yaml
 from resumed import measured
-from untuned import settings_of_auto
+from untuned import FORMS, settings_of_auto
+from untuned import METHODS as CUTS
 
 import secateur as sc
+from secateur.cutting import cut
 from secateur.data import Corpus
-from secateur.importance import Taylor
+from secateur.importance import CRITERIA, Taylor
 from secateur.importance.displacement import Displacement
 from secateur.methods import auto
 from secateur.methods.llm_pruner import LLMPruner
@@ -131,19 +134,29 @@ def parsed(method: str) -> tuple[str, bool, bool, dict[str, Any], dict[str, Any]
     return name.removesuffix(DYNAMIC), name.endswith(DYNAMIC), bool(knows), pruning, recovery
 
 
+def cut_of(method: str, model: Any, tokens: torch.Tensor, sparsity: float, given: dict[str, Any]) -> Any:
+    """The model cut by `auto`, or by a criterion with or without compensation (`gate+ridge`)."""
+    if method == "auto":
+        return auto.run(model, [tokens], settings_of_auto(sparsity, given)).model
+    criterion, _, form = method.partition("+")
+    plan = llm_pruner(model, [tokens], LLMPruner(sc.Budget(sparsity), CRITERIA[criterion], **given)).plan
+    return cut(model, plan, [tokens], FORMS[form])[0]
+
+
 def ours(
-    case: Case, model: Any, sparsity: float, settings: RecoverySettings, given: dict[str, Any], folder: Path
-) -> Any:
-    """The model adapted, cut and recovered, as `prune --recover-steps` does it."""
+    case: Case, method: str, model: Any, sparsity: float, settings: RecoverySettings, given: dict[str, Any],
+    folder: Path,
+) -> Any:  # fmt: skip
+    """The model adapted, cut and recovered, as `prune --recover-steps` does it by default."""
     options, tokenizer, text = dict(given), case.source.tokenizer, case.train
     before = round(options.pop("adapt", ADAPT) * settings.steps)
     if before:
         first = replace(settings, steps=before, mix="proportional", distill=None, seed=settings.seed + SEED)
         model = sc.recover(model, tokenizer, text, first, folder / "before").model
     tokens = sc.calibration_tokens(case.pooled, tokenizer, CALIBRATION_OF_AUTO, case.args.seq_len, settings.seed)
-    cut = auto.run(model, [tokens], settings_of_auto(sparsity, options)).model
+    small = cut_of(method, model, tokens, sparsity, options)
     rest = replace(settings, steps=settings.steps - before)
-    return sc.recover(cut, tokenizer, text, rest, folder / "after", dense=lambda: case.source.model).model
+    return sc.recover(small, tokenizer, text, rest, folder / "after", dense=lambda: case.source.model).model
 
 
 def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
@@ -152,17 +165,19 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     name, dynamic, knows, pruning_given, recovery_given = parsed(method)
     held_out = recovery_given.pop("held_out_most", sources.HELD_OUT_MOST)
     mix, protect = "dynamic" if dynamic else "proportional", case.protect if knows else ()
-    whole = {"also_train": ALSO_TRAIN} if name == "auto" else {}
+    as_ours = name == "auto" or name in CUTS
+    whole = {"also_train": ALSO_TRAIN} if as_ours else {}
     model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **whole, **recovery_given})
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, "HELD_OUT_MOST", held_out):
-        if name == "auto":
-            small = ours(case, model, sparsity, settings, pruning_given, Path(folder))
+        if as_ours:
+            small = ours(case, name, model, sparsity, settings, pruning_given, Path(folder))
         elif name == "llm-pruner":
             tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, args.samples, args.seq_len, seed)
-            wanted = LLMPruner(sc.Budget(sparsity), Taylor(order=1), protect=protect, uniform=not protect)
-            cut = llm_pruner(model, [tokens], wanted).model
+            options = {"uniform": not protect, **pruning_given}
+            wanted = LLMPruner(sc.Budget(sparsity), Taylor(order=1), protect=protect, **options)
+            less = llm_pruner(model, [tokens], wanted).model
             small = sc.recover(
-                cut, case.source.tokenizer, case.train, settings, Path(folder), dense=lambda: case.source.model
+                less, case.source.tokenizer, case.train, settings, Path(folder), dense=lambda: case.source.model
             ).model
         else:
             parts = also_trained(model, settings.also_train)
