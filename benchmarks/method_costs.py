@@ -28,11 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from loraprune_memory import Meter
 from lorashear import ADAPT, ALSO_TRAIN
 from own_process import figures_of, passed_on
-from untuned import settings_of_auto
+from untuned import options_of, settings_of_auto
 
 import secateur as sc
 from secateur.data import Corpus
@@ -85,7 +84,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             small, trained = part(pruned)
             found = {"cut": None, "trained": trained}
         else:
-            options = {k: yaml.safe_load(v) for k, v in (o.split("=") for o in given.split(",") if o)}
+            options = options_of(given)
             before = round(ADAPT * args.steps) if name.startswith("auto") else 0
 
             def recovered(from_model: Any, steps: int, **how: Any) -> Any:

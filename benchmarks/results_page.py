@@ -17,6 +17,7 @@ import loraprune_page
 import lorashear_page
 import method_costs_page
 import prunedlora_page
+import recovered_cuts_page
 import untuned_page
 import zero_shot_page
 
@@ -171,6 +172,7 @@ def loraprune() -> list[str]:
         *loraprune_page.comparison(results("loraprune_compared_*.json")),
         *loraprune_page.agreement(results("loraprune_agreement_*.json")),
         *lorashear_page.compared(results("lorashear_*.json")),
+        *recovered_cuts_page.recovered_cuts(results("recovered_cuts_*.json")),
         *distillation_page.distillation(results("distillation_*.json")),
         *loraprune_page.memory(results("loraprune_memory*.json")),
         *loraprune_page.compaction(results("loraprune_compaction.json")),
