@@ -119,5 +119,16 @@ def test_a_recipe_leaves_no_folder_after_an_error_in_its_first_stage(secateur, c
         "prune: {param_sparsity: 0.3}\n"
         f"recovery: {{data: ['{text_file}'], steps: 3, batch_size: 2, micro_batch_size: 2, seq_len: 16}}\n"
     )
-    code, _, err = secateur("run", recipe, "-o", tmp_path / "run")
-    assert code == 2 and "do not fit" in err and not (tmp_path / "run").exists()
+    run = tmp_path / "run"
+    code, _, err = secateur("run", recipe, "-o", run)
+    assert code == 2 and "do not fit" in err and not run.exists()
+
+    run.mkdir()
+    (run / "results.json").write_text("of an earlier run")
+    code, _, err = secateur("run", recipe, "-o", run, "--overwrite")
+    assert code == 2 and "do not fit" in err
+    assert [file.name for file in run.iterdir()] == ["results.json"]
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "run"}
+
+    code, _, err = secateur("run", recipe, "-o", recipe, "--overwrite")
+    assert code == 2 and "r.yaml is a file" in err

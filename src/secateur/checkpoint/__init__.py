@@ -2,7 +2,7 @@
 
 from secateur.checkpoint.adapted import save_adapted, write_adapter
 from secateur.checkpoint.card import Form, checkpoint_form
-from secateur.checkpoint.folders import check_space, output_folder
+from secateur.checkpoint.folders import check_space, output_folder, put_aside, put_back
 from secateur.checkpoint.lineage import WRITERS, carried_plan, cut_from, earlier, layers_left
 from secateur.checkpoint.loading import BUNDLED, Checkpoint, checkpoint_sha256, load, load_skeleton, local_folder
 from secateur.checkpoint.memory import available_memory
@@ -46,6 +46,8 @@ __all__ = [
     "local_folder",
     "logit_difference",
     "output_folder",
+    "put_aside",
+    "put_back",
     "quantisation",
     "quantised_copy",
     "save",

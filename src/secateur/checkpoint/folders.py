@@ -34,7 +34,7 @@ def output_folder(output: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         CheckpointError: `output` exists and is not empty (unless `overwrite`), or cannot be written.
     """
     output = Path(output)
-    _put_back(output)
+    put_back(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())) and not overwrite:
         raise CheckpointError(f"{output} exists and is not empty; choose another folder or pass --overwrite")
     try:
@@ -54,6 +54,27 @@ def output_folder(output: Path | str, *, overwrite: bool = False) -> Iterator[Pa
         raise
     finally:
         _remove(temporary)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
+def put_aside(output: Path) -> Iterator[None]:
+    """Take a folder's name from it while the block fills a new one; it is removed then, or put back if there is none.
+
+    What a process killed before it made a new one leaves behind is put back by `put_back`.
+    """
+    before = _before(output)
+    _remove(before)
+    lock = _lock(output)  # so that no other process puts it back
+    output.replace(before)
+    try:
+        yield
+    finally:
+        if output.exists():
+            _remove(before)
+        else:
+            before.replace(output)
         if lock is not None:
             os.close(lock)
 
@@ -151,8 +172,8 @@ def _before(output: Path) -> Path:
     return output.with_name(f".{output.name}.before-overwrite")
 
 
-def _put_back(output: Path) -> None:
-    """Give an old folder the name again that a process killed between two renames took from it; remove a replaced one.
+def put_back(output: Path) -> None:
+    """Give an old folder the name again that a killed process took from it; remove one that was replaced.
 
     Not while that process lives.
     """

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from secateur import report
 from secateur.benchmark import bench
+from secateur.checkpoint import put_aside, put_back
 from secateur.config import Recipe, dump_recipe
 from secateur.errors import CheckpointError, RecipeError, SecateurError
 from secateur.evaluation import Prepared
@@ -91,25 +92,29 @@ def _run(recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: boo
 def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Iterator[None]:
     """Make the run folder, or check that the one to resume belongs to this recipe.
 
-    It goes if the block ends with a user's error and nothing but the recipe is in it.
+    It goes if the block ends with a user's error and nothing but the recipe is in it, and one that it was to overwrite
+    is put back.
     """
     text = dump_recipe(recipe)
     file = output / "recipe.yaml"
+    put_back(output)
+    if output.exists() and not output.is_dir():
+        raise CheckpointError(f"{output} is a file; choose another folder for the run")
     if resume and file.exists() and file.read_text() != text:
         raise RecipeError(f"{output} holds a run of another recipe ({file}); choose another output folder")
-    if output.exists() and any(output.iterdir()) and not resume:
-        if not overwrite:
-            raise CheckpointError(f"{output} exists and is not empty; choose another folder, --resume or --overwrite")
-        shutil.rmtree(output)
-    output.mkdir(parents=True, exist_ok=True)
-    if not file.exists():
-        write_whole(file, text)
-    try:
-        yield
-    except SecateurError:
-        if list(output.iterdir()) == [file]:
-            shutil.rmtree(output)
-        raise
+    replaces = output.exists() and any(output.iterdir()) and not resume
+    if replaces and not overwrite:
+        raise CheckpointError(f"{output} exists and is not empty; choose another folder, --resume or --overwrite")
+    with put_aside(output) if replaces else nullcontext():
+        output.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            write_whole(file, text)
+        try:
+            yield
+        except SecateurError:
+            if list(output.iterdir()) == [file]:
+                shutil.rmtree(output)
+            raise
 
 
 def _finished(folder: Path) -> Results | None:
