@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,18 @@ from secateur.cli.common import (
     recipe_of,
     told_where,
 )
+
+Flags = dict[str, Any]
+
+# Flags by what they set, under the same names, in a recipe.
+LOADING = ("dtype", "device", "trust_remote_code", "quantize")
+SCORING = ("mode", "criterion", "reduction", "iterations", "layer_choice", "compensate")
+CUTTING = ("ranking", "uniform", "tier", "round_to", "protect_first", "protect_last", "protect_share",
+           "quantize_output", "adapt")  # fmt: skip
+TUNING = ("warmup", "cooldown", "frequency", "variant", "compact_every", "push", "periods", "proxies", "merge")
+TRAINING = ("steps", "epochs", "rank", "learning_rate", "batch_size")
+WATCHING = ("mix", "report_to")
+READING = ("field", "seq_len", "gradient_checkpointing")
 
 
 def prune(
@@ -156,7 +169,6 @@ def prune(
     """Remove a share of the parameters and write a smaller checkpoint, or a smaller adapter (--target-rank)."""
     flags = dict(locals())
     from secateur import pipeline
-    from secateur.config import METHOD_OPTIONS
     from secateur.errors import RecipeError
 
     if target_rank is not None or base is not None or (Path(model) / "adapter_config.json").is_file():
@@ -164,78 +176,8 @@ def prune(
         return
     if tier in ("gguf", "vllm"):
         raise RecipeError(f"--tier {tier}: prune first, then `secateur export {output} -o OUT --to {tier}`")
-    if plan is not None and method is None:  # what goes is known, and nothing else is done unless it is asked for
-        method = "llm-pruner"
-    trains = method in METHOD_OPTIONS
-    reading = {"field": field, "seq_len": seq_len}
-    checkpointing = {"gradient_checkpointing": gradient_checkpointing}
-    watching = {"mix": mix, "report_to": report_to}
-    afterwards, before = {"distill": distill, "also_train": parts_of(also_train)}, {"adapt": adapt}
-    calibrating = {"source": calibration, "samples": samples}
-    scoring: dict[str, Any] = {
-        "mode": mode,
-        "criterion": criterion,
-        "reduction": reduction,
-        "iterations": iterations,
-        "layer_choice": layer_choice,
-        "compensate": compensate,
-    }
-    tuning = {
-        "warmup": warmup,
-        "cooldown": cooldown,
-        "frequency": frequency,
-        "variant": variant,
-        "compact_every": compact_every,
-        "push": push,
-        "periods": periods,
-        "proxies": proxies.split(",") if proxies else None,
-        "merge": merge,
-    }
-    training = {
-        "steps": steps,
-        "epochs": epochs,
-        "rank": rank,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-    }
-    if trains:
-        assert method is not None
-        unknown = {name: value for name, value in tuning.items() if name not in METHOD_OPTIONS[method]}
-        no_use(
-            method, {**unknown, **scoring, **calibrating, "plan": plan, "recover_steps": recover_steps, **afterwards}
-        )
-        recovery: dict[str, Any] | None = {"data": data, **watching, **training, **reading, **checkpointing}
-    else:
-        no_use(method or "auto", {**training, **tuning})
-        scoring |= {"calibration": {**calibrating, **reading}, **checkpointing}
-        recovers = bool(recover_steps) and not no_recover
-        no_use(f"{method or 'auto'} without --recover-steps", {} if recovers else watching | afterwards | before)
-        recovery = {"data": data, **watching, **afterwards, "steps": recover_steps} if recovers else None
-    recipe = recipe_of(
-        model,
-        {
-            "model": {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "quantize": quantize},
-            "method": {"name": method} | tuning,
-            "prune": _budget(sparsity, kinds, plan, of, workload)
-            | scoring
-            | before
-            | {
-                "ranking": ranking,
-                "uniform": uniform,
-                "tier": tier,
-                "round_to": round_to,
-                "protect_first": protect_first,
-                "protect_last": protect_last,
-                "knowledge": None if knowledge is None else str(knowledge),
-                "protect_share": protect_share,
-                "quantize_output": quantize_output,
-            },
-            "evaluation": {"texts": text},
-            "recovery": recovery,
-        },
-        seed,
-    )
-    if trains:
+    recipe = _recipe(flags)
+    if recipe.method.trains:
         results = pipeline.prune_while_training(recipe, output, resume=resume, overwrite=overwrite)
     else:
         job = pipeline.prune_and_recover if recipe.recovery is not None else pipeline.prune
@@ -244,9 +186,71 @@ def prune(
     told_where(output)
 
 
-def _budget(
-    sparsity: float | None, kinds: str | None, plan: Path | None, of: str | None, workload: str | None
-) -> dict[str, Any]:
+def _recipe(flags: Flags) -> Any:
+    """The recipe that the flags of `prune` say.
+
+    Raises:
+        RecipeError: a flag has no use with this method.
+        BudgetError: nothing says how much to remove, or of what.
+    """
+    from secateur.config import METHOD_OPTIONS
+
+    method, knowledge = flags["method"], flags["knowledge"]
+    if flags["plan"] is not None and method is None:  # what goes is known, and nothing else is done unless asked for
+        method = "llm-pruner"
+    trains = method in METHOD_OPTIONS
+    scoring, recovery = _while_training(method, flags) if trains else _at_once(method or "auto", flags)
+    return recipe_of(
+        flags["model"],
+        {
+            "model": _of(flags, LOADING),
+            "method": {"name": method} | _tuning(flags),
+            "prune": _budget(flags) | _of(flags, CUTTING) | scoring | {"knowledge": knowledge and str(knowledge)},
+            "evaluation": {"texts": flags["text"]},
+            "recovery": recovery,
+        },
+        flags["seed"],
+    )
+
+
+def _while_training(method: str, flags: Flags) -> tuple[Flags, Flags]:
+    """What a recipe says of scoring and of training, for a method that prunes while it trains."""
+    from secateur.config import METHOD_OPTIONS
+
+    others = {name: value for name, value in _tuning(flags).items() if name not in METHOD_OPTIONS[method]}
+    no_use(
+        method, others | _of(flags, (*SCORING, "calibration", "samples", "plan", "recover_steps")) | _afterwards(flags)
+    )
+    return {}, _of(flags, ("data", *WATCHING, *TRAINING, *READING))
+
+
+def _at_once(method: str, flags: Flags) -> tuple[Flags, Flags | None]:
+    """The same for a method that cuts at once; no recovery if there is none to be."""
+    no_use(method, _of(flags, TRAINING) | _tuning(flags))
+    calibration = {"source": flags["calibration"], **_of(flags, ("samples", "field", "seq_len"))}
+    scoring = _of(flags, (*SCORING, "gradient_checkpointing")) | {"calibration": calibration}
+    watching, afterwards, steps = _of(flags, WATCHING), _afterwards(flags), flags["recover_steps"]
+    if steps and not flags["no_recover"]:
+        return scoring, {"data": flags["data"], "steps": steps, **watching, **afterwards}
+    no_use(f"{method} without --recover-steps", watching | afterwards | _of(flags, ("adapt",)))
+    return scoring, None
+
+
+def _of(flags: Flags, names: Sequence[str]) -> Flags:
+    """The flags that set what has their name in a section of a recipe."""
+    return {name: flags[name] for name in names}
+
+
+def _tuning(flags: Flags) -> Flags:
+    proxies = flags["proxies"]
+    return _of(flags, TUNING) | {"proxies": proxies.split(",") if proxies else None}
+
+
+def _afterwards(flags: Flags) -> Flags:
+    return {"distill": flags["distill"], "also_train": parts_of(flags["also_train"])}
+
+
+def _budget(flags: Flags) -> Flags:
     """How much of what to remove, in the words of a recipe.
 
     Raises:
@@ -255,12 +259,13 @@ def _budget(
     from secateur.config import BUDGET_OF
     from secateur.errors import BudgetError
 
-    names, ratios = _kinds(kinds)
+    sparsity, of, plan, workload = (flags[name] for name in ("sparsity", "of", "plan", "workload"))
+    names, ratios = _kinds(flags["kinds"])
     if sparsity is None and plan is None and not (names and set(names) == set(ratios)):
         raise BudgetError("say how much to remove (--sparsity 0.2) or replay a plan (--plan plan.json)")
     if of is not None and of not in BUDGET_OF:
         raise BudgetError(f"--of {of}: expected one of {', '.join(BUDGET_OF)}")
-    found: dict[str, Any] = {BUDGET_OF[of or "params"]: sparsity}
+    found: Flags = {BUDGET_OF[of or "params"]: sparsity}
     if workload is not None:
         batch, _, length = workload.partition("x")
         if not (batch.isdecimal() and length.isdecimal()):
