@@ -1,6 +1,7 @@
 """Our own method: what it measures, what it chooses between, and that it is what a plain `prune` does."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -266,6 +267,8 @@ def test_a_smaller_hidden_size_is_found_and_told(secateur, checkpoint_folder, te
         choice["hidden_shares"][choice["chosen"]], abs=1e-6
     )
     assert results["parity"]["max_logit_difference"] < 1e-4 and "and a smaller hidden size" in printed
+    perplexity = f"{math.exp(choice[choice['chosen']]):.2f} on the sequences set aside"
+    assert f"and a smaller hidden size, {hidden['share']:.1%} of it gone: perplexity {perplexity}" in err
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["hidden_size"] == hidden["units"] - hidden["removed"]
 

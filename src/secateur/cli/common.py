@@ -153,12 +153,9 @@ def print_cost(cost: dict[str, Any]) -> None:
 
 def print_choice(choice: dict[str, Any]) -> None:
     """Which form of the result was taken, and by how much it was better."""
-    forms = {
-        "uniform": "the same widths in every layer",
-        "hidden": "the same widths in every layer and a smaller hidden size",
-        "per_layer": "widths by layer",
-        "hidden_per_layer": "widths by layer and a smaller hidden size",
-    }
+    from secateur.methods.forms import FORMS
+
+    forms = {form.name: form.words for form in FORMS}
     taken = forms[choice["chosen"]]
     if "why" in choice:
         out.print(f"{taken}: {choice['why']}", soft_wrap=True)

@@ -20,7 +20,7 @@
 4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
    by then.
 5. Cut, and solve the matrices that read what went again.
-6. Of the forms the plainest is the result, unless another is surely better on the sequences set aside (`forms.better`).
+6. Of the forms the plainest is the result, unless another is surely better on the sequences set aside (`forms.Choice`).
 
 Every part can be replaced or switched off: one criterion, `ranking` local or global, fewer forms (`uniform`, `kinds`),
 no compensation.
@@ -29,7 +29,7 @@ no compensation.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,13 +105,18 @@ class Auto:
 
 
 def run(
-    model: PreTrainedModel, batches: Sequence[Tensor], settings: Auto, on_step: Step = lambda name: None
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    settings: Auto,
+    on_step: Step = lambda name: None,
+    on_trial: Callable[[Form, Trial], None] = lambda form, trial: None,
 ) -> PruneResult:
     """Prune `model`, which itself is left as it was.
 
     Args:
         batches: calibration token ids, each [sequences, length].
         on_step: told the name of each step as it begins: `discover`, `score`, `allocate`, `compensate`, `cut`.
+        on_trial: told each model that is compared with others, once it is made.
 
     Returns:
         The result; its `choice` says which form it has, and where there were several, what `Choice.told` tells.
@@ -143,6 +148,8 @@ def run(
                 except (PlanError, BudgetError, NonFiniteError) as error:
                     refused[form] = error.with_traceback(None)  # which would hold the model
                     continue
+                if len(aside):
+                    on_trial(form, trial)
                 best = result if choice.takes(form, trial) else best
                 del result  # which is held no longer if it is not the best
                 if choice.tried[form] is not trial:  # the loss falls no more

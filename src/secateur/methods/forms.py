@@ -30,17 +30,21 @@ class Form:
 
     Attributes:
         name: in results.
+        words: for the user.
         uniform: the same widths in every layer, which any loader takes.
         hidden: the hidden dimension, too.
     """
 
     name: str
+    words: str
     uniform: bool
     hidden: bool = False
 
 
-UNIFORM, HIDDEN = Form("uniform", True), Form("hidden", True, hidden=True)
-PER_LAYER, HIDDEN_PER_LAYER = Form("per_layer", False), Form("hidden_per_layer", False, hidden=True)
+UNIFORM = Form("uniform", "the same widths in every layer", uniform=True)
+HIDDEN = Form("hidden", "the same widths in every layer and a smaller hidden size", uniform=True, hidden=True)
+PER_LAYER = Form("per_layer", "widths by layer", uniform=False)
+HIDDEN_PER_LAYER = Form("hidden_per_layer", "widths by layer and a smaller hidden size", uniform=False, hidden=True)
 FORMS = (UNIFORM, HIDDEN, PER_LAYER, HIDDEN_PER_LAYER)  # plainer ones first
 
 

@@ -47,6 +47,8 @@ from secateur.surgery.per_layer import is_per_layer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from secateur.methods.forms import Form, Trial
+
 
 def prune(
     recipe: Recipe, output: Path, *, plan: Path | None = None, resume: bool = False, overwrite: bool = False
@@ -222,7 +224,7 @@ def _cut(
             recipe.recovery is not None and recipe.recovery.distill is not None and recipe.recovery.distill.hidden
         )
         ours = replace(settings_of_auto(recipe.prune, recipe.seed), protect=protect, hidden=not learns_hidden)
-        result = auto.run(source.model, batches, ours, clock.begin)
+        result = auto.run(source.model, batches, ours, clock.begin, _tell)
         results |= {"choice": dict(result.choice)} if result.choice else {}
         results |= {"criteria": dict(result.criteria)} if len(ours.criteria) > 1 else {}
         if ours.workload:
@@ -236,6 +238,13 @@ def _cut(
     results["widths"] = result.plan.widths(tuple(result.groups))
     results["importance"] = summary(tuple(result.groups), result.scores)
     return result.model, result.plan
+
+
+def _tell(form: Form, trial: Trial) -> None:
+    """Say how good a model is that was made to be compared with others."""
+    less = f", {trial.share:.1%} of it gone" if form.hidden else ""
+    found = math.exp(float(trial.losses.mean()))
+    print(f"- {form.words}{less}: perplexity {found:.2f} on the sequences set aside", file=sys.stderr, flush=True)
 
 
 def _compensation(done: Sequence[Compensated]) -> Results:
