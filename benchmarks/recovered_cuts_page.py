@@ -7,8 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 CRITERIA = ("taylor-1", "taylor-2", "gate")
-FORMS = {"": "as cut", "+ridge": "`+ridge`", "+ridge-halfway": "`+ridge-halfway`", "+ridge-dense": "`+ridge-dense`"}
-WIDTHS = {"": "equal", ":uniform=false,ranking=global": "by layer"}
+FORMS = {
+    "": "not compensated",
+    "+ridge": "`+ridge`",
+    "+ridge-halfway": "`+ridge-halfway`",
+    "+ridge-dense": "`+ridge-dense`",
+}
+WIDTHS = {"": "equal", ":uniform=false,ranking=global": "by layer, global ranking"}
 
 
 def recovered_cuts(found: Iterable[Mapping[str, Any]]) -> list[str]:
