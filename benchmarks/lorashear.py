@@ -10,7 +10,8 @@ Every row trains adapters for the same number of steps of the same size:
     auto        our method's cut after a tenth of the steps (`adapt`), then the rest of them, norms and embeddings
                 trained whole beside the adapters; settings of it may follow after a colon, and `distill=0.9`, the
                 weight of learning from the dense model
-    gate+ridge  and the like: any cut of `untuned.py` in the place of `auto`'s, and all else as for `auto`
+    gate+ridge  and the like: any cut of `untuned.py` in the place of `auto`'s, and all else as for `auto`; into a file
+                of their own, `recovered_cuts_MODEL.json`
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
     lorashear-random  the same with units drawn at random in each period
@@ -42,7 +43,7 @@ from unittest import mock
 import torch
 import yaml
 from resumed import measured
-from untuned import FORMS, settings_of_auto
+from untuned import FORMS, SETTINGS, settings_of_auto
 from untuned import METHODS as CUTS
 
 import secateur as sc
@@ -139,7 +140,10 @@ def cut_of(method: str, model: Any, tokens: torch.Tensor, sparsity: float, given
     if method == "auto":
         return auto.run(model, [tokens], settings_of_auto(sparsity, given)).model
     criterion, _, form = method.partition("+")
-    plan = llm_pruner(model, [tokens], LLMPruner(sc.Budget(sparsity), CRITERIA[criterion], **given)).plan
+    shares = {kind: value for kind, value in given.items() if kind not in SETTINGS}
+    options = {name: value for name, value in given.items() if name in SETTINGS}
+    settings = LLMPruner(sc.Budget(sparsity), CRITERIA[criterion], kind_ratios=shares, **options)
+    plan = llm_pruner(model, [tokens], settings).plan
     return cut(model, plan, [tokens], FORMS[form])[0]
 
 
@@ -166,6 +170,8 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     held_out = recovery_given.pop("held_out_most", sources.HELD_OUT_MOST)
     mix, protect = "dynamic" if dynamic else "proportional", case.protect if knows else ()
     as_ours = name == "auto" or name in CUTS
+    if as_ours and knows:
+        raise ValueError(f"{method}: what an analysis finds is for the other methods")
     whole = {"also_train": ALSO_TRAIN} if as_ours else {}
     model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **whole, **recovery_given})
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, "HELD_OUT_MOST", held_out):

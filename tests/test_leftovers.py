@@ -2,6 +2,7 @@
 
 import pytest
 
+from secateur.checkpoint import put_aside, put_back
 from secateur.errors import CheckpointError
 from secateur.methods.loraprune import LoRAPrune
 from secateur.pipeline import adapting
@@ -111,7 +112,9 @@ def test_recovery_leaves_nothing_after_an_error(secateur, checkpoint_folder, tex
     assert code == 2 and "lower the learning rate" in err and not list(tmp_path.iterdir())
 
 
-def test_a_recipe_leaves_no_folder_after_an_error_in_its_first_stage(secateur, checkpoint_folder, text_file, tmp_path):
+def test_a_recipe_leaves_what_was_there_after_an_error_in_its_first_stage(
+    secateur, checkpoint_folder, text_file, tmp_path, monkeypatch
+):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(
         f"model: {{source: '{checkpoint_folder}'}}\n"
@@ -130,5 +133,33 @@ def test_a_recipe_leaves_no_folder_after_an_error_in_its_first_stage(secateur, c
     assert [file.name for file in run.iterdir()] == ["results.json"]
     assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "run"}
 
+    (tmp_path / "link").symlink_to(run)
+    monkeypatch.chdir(run)
+    for place in (tmp_path / "link", "."):
+        code, _, err = secateur("run", recipe, "-o", place, "--overwrite")
+        assert code == 2 and "do not fit" in err
+        assert (tmp_path / "link").is_symlink() and (run / "results.json").exists()
+
     code, _, err = secateur("run", recipe, "-o", recipe, "--overwrite")
     assert code == 2 and "r.yaml is a file" in err
+
+
+def test_a_folder_put_aside_goes_when_there_is_another_in_its_place(tmp_path):
+    run, hidden = tmp_path / "run", tmp_path / ".run.before-overwrite"
+    run.mkdir()
+    (run / "old").touch()
+    with put_aside(run) as begun:
+        assert hidden.is_dir() and not run.exists()
+        with pytest.raises(CheckpointError, match="another run overwrites"), put_aside(run):
+            pass
+        run.mkdir()
+        put_back(run)  # what another process does first leaves it alone
+        assert hidden.is_dir()
+        begun()
+        assert not hidden.exists()
+    assert not list(run.iterdir())
+    with pytest.raises(KeyboardInterrupt), put_aside(run):
+        raise KeyboardInterrupt
+    assert run.is_dir() and not hidden.exists()
+    with pytest.raises(CheckpointError, match="cannot overwrite"), put_aside(tmp_path / "none"):
+        pass

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -59,21 +59,32 @@ def output_folder(output: Path | str, *, overwrite: bool = False) -> Iterator[Pa
 
 
 @contextmanager
-def put_aside(output: Path) -> Iterator[None]:
+def put_aside(output: Path) -> Iterator[Callable[[], None]]:
     """Take a folder's name from it while the block fills a new one; it is removed then, or put back if there is none.
 
     What a process killed before it made a new one leaves behind is put back by `put_back`.
+
+    Yields:
+        A function that removes it now, for when there is something in its place.
+
+    Raises:
+        CheckpointError: it cannot be renamed, or another process has put aside one of its name.
     """
     before = _before(output)
-    _remove(before)
-    lock = _lock(output)  # so that no other process puts it back
-    output.replace(before)
+    if before.exists():  # though `put_back` removes what nobody holds
+        raise CheckpointError(f"{before} is in the way: another run overwrites {output}, or remove it")
+    lock = None
     try:
-        yield
+        try:
+            lock = _lock(output)  # so that no other process puts it back
+            output.replace(before)
+        except OSError as error:
+            raise CheckpointError(f"cannot overwrite {output}: {error.strerror}") from error
+        yield lambda: _remove(before)
     finally:
         if output.exists():
             _remove(before)
-        else:
+        elif before.exists():
             before.replace(output)
         if lock is not None:
             os.close(lock)
@@ -169,7 +180,8 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _before(output: Path) -> Path:
     """Where the old folder is between two renames."""
-    return output.with_name(f".{output.name}.before-overwrite")
+    named = output.absolute()  # `.` has no name
+    return named.with_name(f".{named.name}.before-overwrite")
 
 
 def put_back(output: Path) -> None:

@@ -38,7 +38,7 @@ CUTTING = ("ranking", "uniform", "tier", "round_to", "protect_first", "protect_l
 TUNING = ("warmup", "cooldown", "frequency", "variant", "compact_every", "push", "periods", "proxies", "merge")
 TRAINING = ("steps", "epochs", "rank", "learning_rate", "batch_size")
 WATCHING = ("mix", "report_to")
-READING = ("field", "seq_len", "gradient_checkpointing")
+READING = ("field", "seq_len")
 
 
 def prune(
@@ -221,13 +221,13 @@ def _while_training(method: str, flags: Flags) -> tuple[Flags, Flags]:
     no_use(
         method, others | _of(flags, (*SCORING, "calibration", "samples", "plan", "recover_steps")) | _afterwards(flags)
     )
-    return {}, _of(flags, ("data", *WATCHING, *TRAINING, *READING))
+    return {}, _of(flags, ("data", *WATCHING, *TRAINING, *READING, "gradient_checkpointing"))
 
 
 def _at_once(method: str, flags: Flags) -> tuple[Flags, Flags | None]:
     """The same for a method that cuts at once; no recovery if there is none to be."""
     no_use(method, _of(flags, TRAINING) | _tuning(flags))
-    calibration = {"source": flags["calibration"], **_of(flags, ("samples", "field", "seq_len"))}
+    calibration = {"source": flags["calibration"], **_of(flags, ("samples", *READING))}
     scoring = _of(flags, (*SCORING, "gradient_checkpointing")) | {"calibration": calibration}
     watching, afterwards, steps = _of(flags, WATCHING), _afterwards(flags), flags["recover_steps"]
     if steps and not flags["no_recover"]:
@@ -237,7 +237,7 @@ def _at_once(method: str, flags: Flags) -> tuple[Flags, Flags | None]:
 
 
 def _of(flags: Flags, names: Sequence[str]) -> Flags:
-    """The flags that set what has their name in a section of a recipe."""
+    """A section of a recipe whose keys are named as the flags are."""
     return {name: flags[name] for name in names}
 
 

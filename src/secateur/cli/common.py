@@ -72,7 +72,7 @@ def no_use(method: str, options: dict[str, Any]) -> None:
     """
     from secateur.errors import RecipeError
 
-    given = [{"source": "calibration"}.get(name, name) for name, value in options.items() if value is not None]
+    given = [name for name, value in options.items() if value is not None]
     if given:
         named = ", ".join("--" + name.replace("_", "-") for name in given)
         raise RecipeError(f"{method} has no use for {named}; `secateur prune --help` says which option is for what")

@@ -138,7 +138,7 @@ def run(
             try:
                 shares = steps.shares(form)
             except (PlanError, BudgetError) as error:  # a class may be able to have some forms only
-                refused[form] = error
+                refused[form] = error.with_traceback(None)  # which would hold the model
                 continue
             for share in shares:
                 if share is None and choice.tried:  # which is for where nothing else can be made
@@ -146,7 +146,7 @@ def run(
                 try:
                     result, trial = _made(steps, form, share, aside)
                 except (PlanError, BudgetError, NonFiniteError) as error:
-                    refused[form] = error.with_traceback(None)  # which would hold the model
+                    refused[form] = error.with_traceback(None)
                     continue
                 if len(aside):
                     on_trial(form, trial)
@@ -154,15 +154,25 @@ def run(
                 del result  # which is held no longer if it is not the best
                 if choice.tried[form] is not trial:  # the loss falls no more
                     break
-    if best is None:  # where a budget is the matter, cutting the hidden dimension reaches furthest
-        furthest = [error for form, error in refused.items() if form.hidden and isinstance(error, BudgetError)]
-        raise [*furthest, refused[forms[0]]][0]
+    if best is None:
+        raise _refusal(refused, forms)
     if len(choice.tried) > 1:
         return replace(best, choice=choice.told())
-    # without what a user could do about it, who need not
-    reasons = dict.fromkeys(str(e).partition(";")[0] for form, e in refused.items() if form not in choice.tried)
-    why = why or (f"no other form is possible: {'; '.join(reasons)}" if reasons else "")
+    why = why or _why_alone(refused, choice)
     return replace(best, choice={"chosen": next(iter(choice.tried)).name, "why": why} if why else {})
+
+
+def _refusal(refused: Mapping[Form, SecateurError], forms: Sequence[Form]) -> SecateurError:
+    """What to tell where no form can be made; where the budget is the matter, cutting the hidden dimension reaches
+    furthest."""
+    furthest = (error for form, error in refused.items() if form.hidden and isinstance(error, BudgetError))
+    return next(furthest, refused[forms[0]])
+
+
+def _why_alone(refused: Mapping[Form, SecateurError], choice: Choice) -> str:
+    """Why there is no other form, without what a user could do about it, who need not."""
+    reasons = dict.fromkeys(str(e).partition(";")[0] for form, e in refused.items() if form not in choice.tried)
+    return f"no other form is possible: {'; '.join(reasons)}" if reasons else ""
 
 
 def _made(steps: Steps, form: Form, share: float | None, aside: Tensor) -> tuple[PruneResult, Trial]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from secateur import report
 from secateur.benchmark import bench
 from secateur.checkpoint import put_aside, put_back
 from secateur.config import Recipe, dump_recipe
-from secateur.errors import CheckpointError, RecipeError, SecateurError
+from secateur.errors import CheckpointError, RecipeError
 from secateur.evaluation import Prepared
 from secateur.pipeline.before_cut import adapted_steps
 from secateur.pipeline.measuring import with_adapter
@@ -36,8 +36,9 @@ def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite:
         SecateurError: for anything wrong with the input, or a run folder made by another recipe.
     """
     prepared = prepared_tasks(recipe.evaluation)
-    with _open_run(recipe, output, resume, overwrite):
-        results = _tuned(recipe, output, prepared, resume) if recipe.tune else _run(recipe, output, prepared, resume)
+    with _open_run(recipe, output, resume, overwrite) as begun:
+        stages = _tuned if recipe.tune else _run
+        results = stages(recipe, output, prepared, resume, begun)
         results |= {"command": "run", "recipe": recipe.model_dump(mode="json")}
         write_json(output / "results.json", results)
     write_report([output], output)
@@ -55,23 +56,29 @@ def write_report(runs: Sequence[Path], folder: Path) -> Path:
     return file
 
 
-def _tuned(recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: bool) -> Results:
+def _tuned(
+    recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: bool, begun: Callable[[], None]
+) -> Results:
     """An adapter, and what it does on tasks."""
     adapter = output / "adapter"
     results = _finished(adapter) or tune(recipe, adapter, resume=resume)
+    begun()
     if prepared:
         tuned = stage(recipe, adapt=lambda base: with_adapter(base, adapter))
         tasks_of_stages(results, recipe, prepared, output / "tasks", {"dense": stage(recipe), "tuned": tuned})
     return results
 
 
-def _run(recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: bool) -> Results:
+def _run(
+    recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: bool, begun: Callable[[], None]
+) -> Results:
     """The stages of a recipe that are not complete yet, and the results of them all."""
     pruned, recovered = output / "pruned", output / "recovered"
     if recipe.method.trains:
         results = _finished(pruned) or prune_while_training(recipe, pruned, resume=resume)
     else:
         results = _finished(pruned) or prune(recipe, pruned, resume=resume)
+    begun()
     if recipe.recovers:
         after = _finished(recovered) or recover_checkpoint(
             recipe, pruned, recovered, steps_before=adapted_steps(results), resume=resume
@@ -89,13 +96,15 @@ def _run(recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: boo
 
 
 @contextmanager
-def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Iterator[None]:
+def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> Iterator[Callable[[], None]]:
     """Make the run folder, or check that the one to resume belongs to this recipe.
 
-    It goes if the block ends with a user's error and nothing but the recipe is in it, and one that it was to overwrite
-    is put back.
+    If the block fails and nothing but the recipe is in it, it goes, and one that it was to overwrite is put back.
+
+    Yields:
+        What to call when a stage is complete: nothing is put back then.
     """
-    text = dump_recipe(recipe)
+    text, output = dump_recipe(recipe), output.resolve()  # a link stays one
     file = output / "recipe.yaml"
     put_back(output)
     if output.exists() and not output.is_dir():
@@ -105,13 +114,13 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> It
     replaces = output.exists() and any(output.iterdir()) and not resume
     if replaces and not overwrite:
         raise CheckpointError(f"{output} exists and is not empty; choose another folder, --resume or --overwrite")
-    with put_aside(output) if replaces else nullcontext():
+    with put_aside(output) if replaces else nullcontext(lambda: None) as begun:
         output.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_whole(file, text)
         try:
-            yield
-        except SecateurError:
+            yield begun
+        except BaseException:
             if list(output.iterdir()) == [file]:
                 shutil.rmtree(output)
             raise
