@@ -100,9 +100,9 @@ def scoring_cost() -> list[str]:
             "## What scoring costs",
             "",
             f"`benchmarks/scoring_memory.py`: a random Llama of {data['rows'][0]['parameters']:,} parameters, "
-            f"{protocol['samples']} x {protocol['seq_len']} tokens, first-order Taylor of FFN channels and KV groups, "
-            f"{protocol['threads']} CPU thread(s), fastest of {protocol['rounds']} rounds, each the median of "
-            f"{protocol['repetitions']}. Peak memory is beyond the loaded model; ratios are within the run.",
+            f"{protocol['samples']} x {protocol['seq_len']} tokens, first-order Taylor and gate scores of FFN channels "
+            f"and KV groups, {protocol['threads']} CPU thread(s), fastest of {protocol['rounds']} rounds, each the "
+            f"median of {protocol['repetitions']}. Peak memory is beyond the loaded model; ratios are within the run.",
             "",
             "| dtype | way | peak memory | to full gradients | to forward + backward | time to full gradients "
             "| time to forward + backward |",

@@ -8,6 +8,8 @@ On a random Llama of 162 M parameters, each way runs in a process of its own (pe
     full_gradients      the same, then first-order Taylor scores of FFN channels and KV groups from the gradients held
     streamed            the same scores from `secateur.score`: each gradient is reduced and freed as it arises
     streamed_recompute  with gradient checkpointing on top
+    lora_backward       forward and backward passes of single sequences that train adapters of rank 16 alone
+    gate                gate scores of the same groups, which need no weight's gradient; of single sequences, too
 
 Memory is what the process needs beyond the loaded model: peak resident size, reset after loading (Linux). Ratios are to
 `full_gradients` and to `forward_backward` of the same dtype. The allocator returns freed blocks to the system
@@ -32,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import secateur as sc
 from secateur.pipeline import PACKAGES, write_json
+from secateur.recovery import RecoverySettings, with_adapters
 
 SHAPE = {
     "vocab_size": 32000,
@@ -41,7 +44,7 @@ SHAPE = {
     "num_attention_heads": 12,
     "num_key_value_heads": 4,
 }
-WAYS = ("forward_backward", "full_gradients", "streamed", "streamed_recompute")
+WAYS = ("forward_backward", "full_gradients", "streamed", "streamed_recompute", "lora_backward", "gate")
 KINDS = ["ffn_channel", "kv_group"]
 
 
@@ -62,7 +65,9 @@ def one_way(way: str, dtype: str, samples: int, seq_len: int, repetitions: int) 
     names = sorted({m.parameter for g in groups for m in g.members})
     parameters = dict(model.named_parameters())
     for name, parameter in parameters.items():
-        parameter.requires_grad_(name in names)
+        parameter.requires_grad_(name in names and way != "gate")
+    if way == "lora_backward":
+        with_adapters(model, RecoverySettings(rank=16), experts=False)  # in place
     loaded = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     seconds, scores = [], {}
@@ -71,6 +76,12 @@ def one_way(way: str, dtype: str, samples: int, seq_len: int, repetitions: int) 
         if way.startswith("streamed"):
             criterion = sc.Taylor(order=1, gradient_checkpointing=way == "streamed_recompute")
             scores = sc.score(model, groups, [ids], criterion)
+        elif way == "gate":
+            scores = sc.score(model, groups, [ids], sc.Gate())
+        elif way == "lora_backward":
+            for row in ids:
+                model(input_ids=row[None], labels=row[None], use_cache=False).loss.backward()
+            model.zero_grad(set_to_none=True)
         else:
             model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
             if way == "full_gradients":
@@ -146,7 +157,7 @@ def main() -> None:
         "repetitions": args.repetitions,
         "rounds": args.rounds,
         "threads": torch.get_num_threads(),
-        "criterion": "taylor-1",
+        "criteria": ["taylor-1", "gate"],
         "kinds": KINDS,
         "versions": {name: version(name) for name in PACKAGES},
     }

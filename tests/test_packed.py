@@ -14,7 +14,7 @@ from secateur.benchmark import bench
 from secateur.checkpoint import save_adapted
 from secateur.discovery import discover
 from secateur.errors import CheckpointError, DataError, DiscoveryError, PlanError
-from secateur.importance import Magnitude, leave_one_out, score
+from secateur.importance import Gate, Magnitude, leave_one_out, score
 from secateur.packed import packed_weights
 from secateur.surgery import mask, prove, slice
 
@@ -52,6 +52,17 @@ def wide(folder_of):
 def load(folder, method, **settings):
     config = METHODS[method]()
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map="cpu", **settings).eval()
+
+
+def unpacked(folder, method):
+    """The model with the values that its packed weights stand for."""
+    model = load(folder, method)
+    if method != "int8":
+        return model.dequantize()
+    floats = AutoModelForCausalLM.from_pretrained(folder).eval()
+    for name in packed_weights(model):
+        floats.get_parameter(name).data = model.get_parameter(name).dequantize()
+    return floats
 
 
 def logits_of(model):
@@ -114,13 +125,7 @@ def test_a_plan_made_on_packed_weights_meets_its_budget_on_the_float_model(wide)
 @pytest.mark.parametrize("method", ["8-bit", "nf4", "int8"])
 def test_masked_is_sliced_after_unpacking(method, wide):
     model, kinds = load(wide, method), ("ffn_channel", "kv_group", "query_head")
-    plan = choose(discover(model), kinds)
-    if method == "int8":
-        floats = AutoModelForCausalLM.from_pretrained(wide).eval()
-        for name in packed_weights(model):
-            floats.get_parameter(name).data = model.get_parameter(name).dequantize()
-    else:
-        floats = load(wide, method).dequantize()
+    plan, floats = choose(discover(model), kinds), unpacked(wide, method)
     whole = logits_of(model)
     with torch.no_grad(), mask(model, plan):
         masked = model(IDS).logits
@@ -128,6 +133,16 @@ def test_masked_is_sliced_after_unpacking(method, wide):
     assert (masked - sliced).norm() <= (1e-5 if method == "int8" else 0.02) * sliced.norm()  # kernels round to bfloat16
     assert (masked - whole).norm() > 0.2 * whole.norm()
     assert torch.equal(logits_of(model), whole)
+
+
+@pytest.mark.parametrize("method", ["8-bit", "nf4", "int8"])
+def test_gates_are_scored_on_packed_weights_as_they_are(method, wide):
+    found, floats = (
+        score(model, discover(model).only(("ffn_channel", "kv_group")), [IDS], Gate())
+        for model in (load(wide, method), unpacked(wide, method))
+    )
+    for name, expected in floats.items():
+        assert (found[name] - expected).norm() <= (1e-4 if method == "int8" else 0.05) * expected.norm()
 
 
 def test_the_callers_gradient_mode_holds_while_masked():
