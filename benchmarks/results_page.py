@@ -93,24 +93,28 @@ def leave_one_out() -> list[str]:
 
 def scoring_cost() -> list[str]:
     """Memory and time of scoring."""
-    lines = []
-    for data in results("scoring_memory.json"):
+    lines = [
+        "## What scoring costs",
+        "",
+        "`benchmarks/scoring_memory.py`: first-order Taylor scores of FFN channels and KV groups, all sequences at",
+        "once, and gate scores, which need no weight's gradient, beside the training of adapters, both by single",
+        "sequences. Peak memory is beyond the loaded model; ratios are within the run.",
+        "",
+    ]
+    for data in results("scoring_memory*.json"):
         protocol = data["protocol"]
         lines += [
-            "## What scoring costs",
-            "",
-            f"`benchmarks/scoring_memory.py`: a random Llama of {data['rows'][0]['parameters']:,} parameters, "
-            f"{protocol['samples']} x {protocol['seq_len']} tokens, first-order Taylor and gate scores of FFN channels "
-            f"and KV groups, {protocol['threads']} CPU thread(s), fastest of {protocol['rounds']} rounds, each the "
-            f"median of {protocol['repetitions']}. Peak memory is beyond the loaded model; ratios are within the run.",
+            f"A random Llama of {data['rows'][0]['parameters']:,} parameters, "
+            f"{protocol['samples']} x {protocol['seq_len']} tokens, {protocol['threads']} CPU thread(s), fastest of "
+            f"{protocol['rounds']} rounds, each the median of {protocol['repetitions']}:",
             "",
             "| dtype | way | peak memory | to full gradients | to forward + backward | time to full gradients "
             "| time to forward + backward |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
         ]
         for r in data["rows"]:
-            ratios = [r[f"{what}_to_{base}"] for what in ("memory", "time") for base in BASES]
-            figures = " | ".join(f"{ratio:.2f}" for ratio in ratios)
+            ratios = [r.get(f"{what}_to_{base}") for what in ("memory", "time") for base in BASES]
+            figures = " | ".join("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
             lines.append(f"| {r['dtype']} | {r['way']} | {r['peak_bytes'] / 2**20:.0f} MiB | {figures} |")
         lines.append("")
     return lines

@@ -1,6 +1,8 @@
 """What scoring costs: peak memory and time of streamed scoring against holding every gradient, and against training.
 
     python benchmarks/scoring_memory.py --output benchmarks/results/scoring_memory.json
+    python benchmarks/scoring_memory.py --output benchmarks/results/scoring_memory_gates.json \
+        --ways forward_backward lora_backward gate --dtypes float32
 
 On a random Llama of 162 M parameters, each way runs in a process of its own (peak memory of a process never falls):
 
@@ -12,8 +14,8 @@ On a random Llama of 162 M parameters, each way runs in a process of its own (pe
     gate                gate scores of the same groups, which need no weight's gradient; of single sequences, too
 
 Memory is what the process needs beyond the loaded model: peak resident size, reset after loading (Linux). Ratios are to
-`full_gradients` and to `forward_backward` of the same dtype. The allocator returns freed blocks to the system
-(MALLOC_MMAP_THRESHOLD_), since glibc otherwise keeps fragments that no longer hold anything.
+`full_gradients` and to `forward_backward` of the same dtype, where these were measured. The allocator returns freed
+blocks to the system (MALLOC_MMAP_THRESHOLD_), since glibc otherwise keeps fragments that no longer hold anything.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ SHAPE = {
     "num_key_value_heads": 4,
 }
 WAYS = ("forward_backward", "full_gradients", "streamed", "streamed_recompute", "lora_backward", "gate")
+BASES = ("full_gradients", "forward_backward")
 KINDS = ["ffn_channel", "kv_group"]
 
 
@@ -126,6 +129,8 @@ def in_own_process(way: str, dtype: str, args: argparse.Namespace) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--ways", nargs="*", default=WAYS, choices=WAYS)
+    parser.add_argument("--dtypes", nargs="*", default=("float32", "bfloat16"))
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=3)
@@ -137,15 +142,15 @@ def main() -> None:
         print(json.dumps(one_way(args.way, args.dtype, args.samples, args.seq_len, args.repetitions)))
         return
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in args.dtypes:
         done: dict[str, dict[str, Any]] = {}
         for _ in range(args.rounds):
-            for way in WAYS:
+            for way in args.ways:
                 row = in_own_process(way, dtype, args)
                 if way not in done or row["seconds"] < done[way]["seconds"]:
                     done[way] = row
         for row in done.values():
-            for base in ("full_gradients", "forward_backward"):
+            for base in (base for base in BASES if base in done):
                 row[f"memory_to_{base}"] = round(row["peak_bytes"] / done[base]["peak_bytes"], 3)
                 row[f"time_to_{base}"] = round(row["seconds"] / done[base]["seconds"], 3)
             rows.append(row)
