@@ -104,25 +104,27 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> It
     Yields:
         What to call when a stage is complete: nothing is put back then.
     """
-    text, output = dump_recipe(recipe), output.resolve()  # a link stays one
-    file = output / "recipe.yaml"
-    put_back(output)
-    if output.exists() and not output.is_dir():
+    text, folder = dump_recipe(recipe), output.resolve()  # a link stays one
+    file = folder / "recipe.yaml"
+    put_back(folder)
+    if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{output} is a file; choose another folder for the run")
     if resume and file.exists() and file.read_text() != text:
-        raise RecipeError(f"{output} holds a run of another recipe ({file}); choose another output folder")
-    replaces = output.exists() and any(output.iterdir()) and not resume
+        raise RecipeError(
+            f"{output} holds a run of another recipe ({file.name}); choose another output folder"
+        )
+    replaces = folder.exists() and any(folder.iterdir()) and not resume
     if replaces and not overwrite:
         raise CheckpointError(f"{output} exists and is not empty; choose another folder, --resume or --overwrite")
-    with put_aside(output) if replaces else nullcontext(lambda: None) as begun:
-        output.mkdir(parents=True, exist_ok=True)
+    with put_aside(folder) if replaces else nullcontext(lambda: None) as begun:
+        folder.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             write_whole(file, text)
         try:
             yield begun
         except BaseException:
-            if list(output.iterdir()) == [file]:
-                shutil.rmtree(output)
+            if list(folder.iterdir()) == [file]:
+                shutil.rmtree(folder)
             raise
 
 
