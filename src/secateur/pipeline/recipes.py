@@ -110,9 +110,7 @@ def _open_run(recipe: Recipe, output: Path, resume: bool, overwrite: bool) -> It
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{output} is a file; choose another folder for the run")
     if resume and file.exists() and file.read_text() != text:
-        raise RecipeError(
-            f"{output} holds a run of another recipe ({file.name}); choose another output folder"
-        )
+        raise RecipeError(f"{output} holds a run of another recipe ({file.name}); choose another output folder")
     replaces = folder.exists() and any(folder.iterdir()) and not resume
     if replaces and not overwrite:
         raise CheckpointError(f"{output} exists and is not empty; choose another folder, --resume or --overwrite")
