@@ -155,18 +155,8 @@ def _replace(temporary: Path, output: Path) -> None:
     if not output.exists():
         temporary.replace(output)
     elif not _exchange(temporary, output):
-        before = _before(output)
-        _remove(before)
-        lock = _lock(output)  # so that no other process puts it back
-        output.replace(before)
-        try:
+        with put_aside(output):
             temporary.replace(output)
-        except OSError:
-            before.replace(output)
-            raise
-        _remove(before)
-        if lock is not None:
-            os.close(lock)
 
 
 def _exchange(one: Path, other: Path) -> bool:
