@@ -22,6 +22,7 @@ dense model finds most sensitive, on the first 64 windows of the training text, 
 layers differ in width then; `:uniform=false` is the same without an analysis. Settings of the method or of the recovery
 may follow after a colon: `lorashear-dynamic:push=linear,balance=0.5`; `held_out_most` is how many examples of a
 source a mix holds out at most.
+`seconds` of a row are without steps before the cut that another row has taken already.
 `mean` is the geometric mean over sources, `worst` the source whose perplexity is the largest multiple of the dense one.
 Rows that the output holds already, from the same protocol, are not repeated.
 """
@@ -155,12 +156,11 @@ def ours(
     options, tokenizer, text = dict(given), case.source.tokenizer, case.train
     before = round(options.pop("adapt", ADAPT) * settings.steps)
     if before:
-        first = replace(settings, steps=before, mix="proportional", distill=None, seed=settings.seed + SEED)
-        model = sc.recover(model, tokenizer, text, first, folder / "before").model
+        model = case.adapted(replace(settings, steps=before, mix="proportional", distill=None))
     tokens = sc.calibration_tokens(case.pooled, tokenizer, CALIBRATION_OF_AUTO, case.args.seq_len, settings.seed)
     small = cut_of(method, model, tokens, sparsity, options)
     rest = replace(settings, steps=settings.steps - before)
-    return sc.recover(small, tokenizer, text, rest, folder / "after", dense=lambda: case.source.model).model
+    return sc.recover(small, tokenizer, text, rest, folder, dense=lambda: case.source.model).model
 
 
 def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
@@ -224,12 +224,23 @@ class Case:
         pieces = tuple(text for part in self.train for text in part.texts)
         self.pooled = replace(self.train[0], name="all", rows=pieces)
         self.dense = self.perplexities(self.source.model)
+        self._adapted: dict[RecoverySettings, Any] = {}
         self.protect: tuple[str, ...] = ()
         if any(KNOWLEDGE in method for method in args.methods):
             found = sc.knowledge_distribution(
                 self.source.model, self.source.tokenizer, self.pooled, seq_len=args.seq_len
             )
             self.protect = tuple(found.most_sensitive(args.protect_share))
+
+    def adapted(self, settings: RecoverySettings) -> Any:
+        """A copy of the dense model after the steps before the cut, which are taken once for all cuts from a seed."""
+        if settings not in self._adapted:
+            first = replace(settings, seed=settings.seed + SEED)
+            model = copy.deepcopy(self.source.model)
+            with tempfile.TemporaryDirectory() as folder:
+                found = sc.recover(model, self.source.tokenizer, self.train, first, Path(folder))
+            self._adapted = {settings: found.model}
+        return copy.deepcopy(self._adapted[settings])
 
     def perplexities(self, model: Any) -> dict[str, float]:
         args = self.args
