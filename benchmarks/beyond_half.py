@@ -49,7 +49,8 @@ from secateur.methods import auto
 from secateur.methods.llm_pruner import LLMPruner
 from secateur.methods.llm_pruner import run as llm_pruner
 from secateur.pipeline import PACKAGES
-from secateur.recovery import RecoverySettings, train, training_data
+from secateur.recovery import RecoverySettings, train
+from secateur.recovery.training_data import training_data
 
 CUTS = ("taylor-1", "taylor-1-hidden", "auto", "auto-hidden")
 MASKS = ("magnitude", "wanda")

@@ -36,8 +36,9 @@ from secateur.data import Corpus
 from secateur.importance import Taylor
 from secateur.methods.llm_pruner import LLMPruner, run
 from secateur.pipeline import PACKAGES
-from secateur.recovery import Distillation, RecoverySettings, training_data
+from secateur.recovery import Distillation, RecoverySettings
 from secateur.recovery.divergence import divergence, soft_targets
+from secateur.recovery.training_data import training_data
 
 METHODS = ("lora", "lora:weight=0.5", "lora:weight=0.9", "lora:weight=0.5,temperature=2", "lora:weight=1",
            "lora:weight=0.5,top_k=64", "lora:weight=0.5,hidden=0.1", "full", "full:weight=0.5")  # fmt: skip

@@ -1,5 +1,7 @@
 """Groups found in traced models, against layouts written down by hand from the modelling code."""
 
+import importlib
+import pkgutil
 import subprocess
 import sys
 
@@ -165,6 +167,25 @@ def test_the_rules_need_no_model_to_be_imported_first():
 def test_import_is_light():
     code = "import secateur, sys; assert 'transformers' not in sys.modules and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_does_not_train_imports_nothing_of_training():
+    """peft and the Trainer take longer to import than everything else that `groups`, `prune` or `report` need."""
+    code = """import sys
+from secateur.pipeline import evaluate, prune, run_sweep, write_report
+assert not {"peft", "datasets", "transformers.trainer", "transformers.trainer_callback"} & set(sys.modules)"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("package", ["secateur", "secateur.pipeline", "secateur.recovery"])
+def test_names_imported_on_first_use_are_what_they_are_called(package):
+    """A module of the same name would take the place of the name once anything imports it."""
+    module = importlib.import_module(package)
+    assert set(module.__all__) == set(module._HOME)
+    assert not set(module.__all__) & {found.name for found in pkgutil.iter_modules(module.__path__)}
+    assert all(getattr(module, name) is not None for name in module.__all__)
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+        _ = module.nothing
 
 
 TINY_MOE = {**FAMILIES["llama"][1], "moe_intermediate_size": 20, "head_dim": 8}

@@ -12,9 +12,9 @@ Names are imported when first used, so that `import secateur` is quick and does 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from secateur.first_use import on_first_use
 from secateur.registration import register_with_transformers
 
 if TYPE_CHECKING:
@@ -84,11 +84,6 @@ __all__ = [
     "recover", "save", "score", "slice",
 ]  # fmt: skip
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'secateur' has no attribute {name!r}")
-    return getattr(import_module(f"secateur.{_HOME[name]}"), name)
-
+__getattr__ = on_first_use(__name__, _HOME)
 
 register_with_transformers()

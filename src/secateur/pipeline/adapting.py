@@ -13,15 +13,8 @@ from secateur.data import Corpus
 from secateur.pipeline.dense import dense_of
 from secateur.pipeline.results import Clock, Results, add_stage, needs_tokenizer, values
 from secateur.pipeline.training_settings import recovery_settings
-from secateur.recovery import (
-    RecoverySettings,
-    TrainingData,
-    last_checkpoint,
-    mix_record,
-    train,
-    training_data,
-    with_adapters,
-)
+from secateur.recovery import RecoverySettings, TrainingData, last_checkpoint, mix_record, train, with_adapters
+from secateur.recovery.training_data import training_data
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,8 +8,6 @@ from pathlib import Path
 from secateur.checkpoint import Checkpoint
 from secateur.config import Recipe
 from secateur.pipeline.results import Clock, Results, add_stage, needs_tokenizer
-from secateur.pipeline.training_settings import recovery_settings, training_corpora
-from secateur.recovery import also_trained, recover, training_data
 
 SEED = 1000  # added to the recipe's, so that training goes on with other examples
 
@@ -29,6 +27,11 @@ def adapt(source: Checkpoint, recipe: Recipe, results: Results, work: Path, resu
     """
     if recipe.recovery is None:
         return source
+    from secateur.pipeline.training_settings import recovery_settings, training_corpora  # peft takes seconds
+    from secateur.recovery import recover
+    from secateur.recovery.also_trained import also_trained
+    from secateur.recovery.training_data import training_data
+
     also_trained(source.model, recipe.recovery.also_train)  # what cannot train is told before the cut, not after it
     if not recipe.prune.adapt:
         return source

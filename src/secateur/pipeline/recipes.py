@@ -17,11 +17,8 @@ from secateur.evaluation import Prepared
 from secateur.pipeline.before_cut import adapted_steps
 from secateur.pipeline.measuring import with_adapter
 from secateur.pipeline.pruning import prune
-from secateur.pipeline.recovering import joined, recover_checkpoint
 from secateur.pipeline.results import Results, load_model, write_json, write_whole
 from secateur.pipeline.tasks import prepared_tasks, stage, tasks_of_stages
-from secateur.pipeline.training import prune_while_training
-from secateur.pipeline.tuning import tune
 
 
 def run_recipe(recipe: Recipe, output: Path, *, resume: bool = False, overwrite: bool = False) -> Results:
@@ -60,6 +57,8 @@ def _tuned(
     recipe: Recipe, output: Path, prepared: Sequence[Prepared], resume: bool, begun: Callable[[], None]
 ) -> Results:
     """An adapter, and what it does on tasks."""
+    from secateur.pipeline.tuning import tune  # as below: peft takes seconds
+
     adapter = output / "adapter"
     results = _finished(adapter) or tune(recipe, adapter, resume=resume)
     begun()
@@ -75,11 +74,15 @@ def _run(
     """The stages of a recipe that are not complete yet, and the results of them all."""
     pruned, recovered = output / "pruned", output / "recovered"
     if recipe.method.trains:
+        from secateur.pipeline.training import prune_while_training
+
         results = _finished(pruned) or prune_while_training(recipe, pruned, resume=resume)
     else:
         results = _finished(pruned) or prune(recipe, pruned, resume=resume)
     begun()
     if recipe.recovers:
+        from secateur.pipeline.recovering import joined, recover_checkpoint
+
         after = _finished(recovered) or recover_checkpoint(
             recipe, pruned, recovered, steps_before=adapted_steps(results), resume=resume
         )

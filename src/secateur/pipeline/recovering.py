@@ -28,7 +28,8 @@ from secateur.pipeline.results import (
     write_json,
 )
 from secateur.pipeline.training_settings import recovery_settings, training_corpora
-from secateur.recovery import RecoveryResult, RecoverySettings, recover, save_mix, training_data
+from secateur.recovery import RecoveryResult, RecoverySettings, recover, save_mix
+from secateur.recovery.training_data import training_data
 
 
 def recover_checkpoint(

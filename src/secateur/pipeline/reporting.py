@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 from secateur.config import Recipe
-from secateur.recovery import LOGS, check_reporters
 
 
 def check_reporting(recipe: Recipe) -> None:
@@ -16,10 +15,14 @@ def check_reporting(recipe: Recipe) -> None:
         RecipeError: a package is not installed.
     """
     if recipe.recovery is not None:
+        from secateur.recovery import check_reporters  # imported where something trains: peft takes seconds
+
         check_reporters(recipe.recovery.report_to)
 
 
 def keep_logs(work: Path, folder: Path) -> None:
     """Copy what reports wrote while training, if anything, into the folder of what was trained."""
+    from secateur.recovery import LOGS
+
     if (work / LOGS).is_dir():
         shutil.copytree(work / LOGS, folder / LOGS, symlinks=True)
