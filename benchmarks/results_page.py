@@ -12,6 +12,7 @@ from typing import Any
 
 import audit_page
 import beyond_half_page
+import budgets_page
 import distillation_page
 import loraprune_page
 import lorashear_page
@@ -201,6 +202,7 @@ def main() -> None:
         *untuned_page.untuned(results("untuned_*.json")),
         *method_costs_page.costs(results("method_costs_*.json")),
         *beyond_half_page.beyond_half(results("beyond_half_*.json")),
+        *budgets_page.budgets(results("budgets_*.json")),
         *scoring_cost(),
         *loraprune(),
         *prunedlora(),

@@ -12,6 +12,7 @@ from secateur import report
 from secateur.errors import ReportError
 from secateur.plan import PruningPlan
 from secateur.report.checks import checks
+from secateur.report.choosing import chosen
 from secateur.report.facts import NOT_MEASURED, headlines, table
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
@@ -108,6 +109,38 @@ def test_text_in_evaluation_and_training_is_told(run):
     (read,) = report.read_runs([run])
     found = [check.text for check in checks(read) if check.verdict == "no"]
     assert any("stories is not held out: the model was trained on stories.txt" in text for text in found)
+
+
+CHOICE = {"uniform": 4.0, "hidden_per_layer": 3.9, "hidden_shares": {"hidden_per_layer": 0.125}, "gain": 0.1,
+          "standard_error": 0.01, "sequences": 32, "chosen": "hidden_per_layer"}  # fmt: skip
+
+
+def test_the_choice_of_a_form_is_told(results, tmp_path):
+    (read,) = report.read_runs([write(tmp_path / "chosen", changed(results, choice=CHOICE))])
+    found = chosen(read)
+    assert found.rows == [
+        ["the same widths in every layer", "54.598", "0.0%", ""],
+        ["widths by layer and a smaller hidden size", "49.402", "12.5%", "yes"],
+    ]
+    assert "32 calibration sequences" in found.told and "9.5% lower than the one taken before it" in found.told
+    said = " ".join(" ".join(Page(report.page([read])).words).split())
+    assert "Which form it has" in said and "widths by layer and a smaller hidden size 49.402 12.5% yes" in said
+
+
+def test_a_form_without_a_choice_says_why(results, tmp_path):
+    why = {"chosen": "uniform", "why": "8 calibration sequences are too few to choose by, 16 would do (--samples)"}
+    (read,) = report.read_runs([write(tmp_path / "alone", changed(results, choice=why))])
+    assert chosen(read).rows == [] and "The same widths in every layer: 8 calibration" in report.page([read])
+    (read,) = report.read_runs([write(tmp_path / "none", results)])
+    assert chosen(read) is None and "Which form it has" not in report.page([read])
+
+
+def test_what_a_budget_counts_is_told(results, tmp_path):
+    cost = {"what": "latency", "batch": 1, "length": 512, "sparsity": 0.31, "dense": 0.2, "pruned": 0.15}
+    (read,) = report.read_runs([write(tmp_path / "cost", changed(results, cost=cost))])
+    (row,) = (row for row in table(read)[1] if row.name == "Seconds of a pass")
+    assert row.cells == ("0.2", "0.15", NOT_MEASURED)
+    assert "1 x 512 tokens: 25.00% less, 31.00% by the table of widths" in row.how
 
 
 def test_what_was_not_measured_is_no_number(results, tmp_path):

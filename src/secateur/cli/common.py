@@ -153,7 +153,7 @@ def print_cost(cost: dict[str, Any]) -> None:
 
 def print_choice(choice: dict[str, Any]) -> None:
     """Which form of the result was taken, and by how much it was better."""
-    from secateur.methods.forms import FORMS
+    from secateur.methods.forms import FORMS, gain_in_words
 
     forms = {form.name: form.words for form in FORMS}
     taken = forms[choice["chosen"]]
@@ -161,13 +161,8 @@ def print_choice(choice: dict[str, Any]) -> None:
         out.print(f"{taken}: {choice['why']}", soft_wrap=True)
         return
     found = ", ".join(f"{math.exp(choice[name]):.3f} with {told}" for name, told in forms.items() if name in choice)
-    more = ""
-    if "gain" in choice:
-        change = math.exp(-choice["gain"]) - 1
-        more = (
-            f" (the last {abs(change):.1%} {'lower' if change < 0 else 'higher'} than the one taken before it, "
-            f"standard error {choice['standard_error']:.1%})"
-        )
+    gain = gain_in_words(choice)
+    more = f" (the last {gain})" if gain else ""
     out.print(
         f"{taken}: on {choice['sequences']} calibration sequences set aside the perplexity is {found}{more}",
         soft_wrap=True,

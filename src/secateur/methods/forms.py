@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -132,6 +132,19 @@ class Choice:
             found |= {"gain": gain, "standard_error": error}
         found |= {"hidden_shares": shares} if shares else {}
         return found | {"sequences": len(last.losses), "chosen": self.taken[0].name}
+
+
+def gain_in_words(choice: Mapping[str, Any]) -> str:
+    """How the last form that was made compares with what was taken before it; empty if it is the only one.
+
+    Args:
+        choice: as `Choice.told` has it.
+    """
+    if "gain" not in choice:
+        return ""
+    change = math.exp(-choice["gain"]) - 1
+    side = "lower" if change < 0 else "higher"
+    return f"{abs(change):.1%} {side} than the one taken before it, standard error {choice['standard_error']:.1%}"
 
 
 def gained(before: Trial, now: Trial) -> tuple[float, float]:

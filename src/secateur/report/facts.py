@@ -12,6 +12,7 @@ from secateur.report.reading import Run
 from secateur.report.schema import Benchmark, Text
 
 NOT_MEASURED = "not measured"
+COUNTED = {"macs": "MACs of the budget", "memory": "Bytes of weights and cache", "latency": "Seconds of a pass"}
 Tone = Literal["good", "bad", "plain", "missing"]
 
 
@@ -209,7 +210,20 @@ def _sizes(run: Run, stages: list[str]) -> list[Row]:
         macs["recovered"] = macs["pruned"]
     if macs:
         rows.append(_row("MACs", stages, macs, "{:,.0f}", f"one prompt of {run.macs['prompt_length']} tokens, counted"))
-    return rows
+    return rows + _budget(run, stages)
+
+
+def _budget(run: Run, stages: list[str]) -> list[Row]:
+    """What the budget counted, if not parameters."""
+    cost = run.cuts[-1].cost if run.cuts else None
+    if cost is None:
+        return []
+    values = {"dense": cost.dense, "pruned": cost.pruned}
+    how = (
+        f"what the budget counts, of a pass over {cost.batch} x {cost.length} tokens: "
+        f"{1 - cost.pruned / cost.dense:.2%} less, {cost.sparsity:.2%} by the table of widths"
+    )
+    return [_row(COUNTED[cost.what], stages, values, "{:,.4g}", how)]
 
 
 def _perplexities(run: Run, stages: list[str]) -> list[Row]:

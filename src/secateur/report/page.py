@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from secateur.report.checks import Check, checks, verdict
+from secateur.report.choosing import Chosen, chosen
 from secateur.report.comparison import compare, comparison_pictures, comparison_table
 from secateur.report.facts import Headline, Row, headlines, kind_name, summary, table, title
 from secateur.report.figures import Picture, pictures
@@ -44,6 +45,7 @@ class Section:
     stages: list[str]
     rows: list[Row]
     cut: list[list[str]]
+    chosen: Chosen | None
     figures: list[Figure]
     samples: Samples | None
     repeat: Repeat
@@ -88,6 +90,7 @@ def _section(name: str, run: Run) -> Section:
         stages=stages,
         rows=rows,
         cut=_cut(run),
+        chosen=chosen(run),
         figures=_figures(name, pictures(run)),
         samples=run.samples,
         repeat=repeating(run),

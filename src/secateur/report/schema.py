@@ -82,6 +82,17 @@ class Share(Facts):
     parameters: int
 
 
+class Cost(Facts):
+    """What a budget counted that was not of parameters: of a pass over `batch` sequences of `length` tokens."""
+
+    what: Literal["macs", "memory", "latency"]
+    batch: int
+    length: int
+    sparsity: float
+    dense: float
+    pruned: float
+
+
 class Samples(Facts):
     """What each stage makes of the prompts."""
 
@@ -177,6 +188,8 @@ class Results(Facts):
     benchmark: Benchmark | None = None
     samples: Samples | None = None
     kinds: dict[str, Share] = {}
+    choice: dict[str, Any] | None = None
+    cost: Cost | None = None
     widths: tuple[Width, ...] = ()
     importance: tuple[Importance, ...] = ()
     left_whole: dict[str, str] = {}

@@ -1,0 +1,89 @@
+"""Our method under budgets of parameters, multiply-accumulates, bytes and seconds: what was asked for, what is there.
+
+    python benchmarks/budgets.py MODEL --text tinystories_valid.jsonl.xz --data tinystories_train.jsonl.xz \
+        --output benchmarks/results/budgets_stories260K.json
+
+A method is what the budget counts: `params`, or `macs`, `memory`, `latency` of a forward pass over `--batch` sequences
+of `--length` tokens. All of them are measured of every cut, beside the dense model: seconds are the least of seven
+passes, those of the dense model before and after those of the smaller one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, get_args
+
+import untuned
+from resumed import measured
+
+import secateur as sc
+from secateur.benchmark.costs import What, Workload
+from secateur.methods.auto import Auto, run
+
+COUNTED: tuple[What, ...] = get_args(What)
+METHODS = ("params", *COUNTED)
+
+
+class Case(untuned.Case):
+    """One model and its texts, cut to budgets."""
+
+    def workload(self, what: What) -> Workload:
+        return Workload(what, self.args.batch, self.args.length)
+
+    def row(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
+        """One budget: the cut, and the share of everything that it takes away."""
+        dense, begin = self.source.model, time.perf_counter()
+        if method == "params":
+            settings = Auto(sc.Budget(sparsity))
+        else:
+            counted = next(what for what in COUNTED if what == method)
+            settings = Auto(sc.Budget(cost_sparsity=sparsity), workload=self.workload(counted))
+        found = run(dense, [self.tokens(seed)], settings)
+        seconds = time.perf_counter() - begin
+        said = found.plan.provenance["allocation"].get("cost")
+        return {
+            "method": method,
+            "sparsity": sparsity,
+            "seed": seed,
+            **({"expected": round(said["sparsity"], 5)} if said else {}),
+            "removed": {"params": round(1 - found.model.num_parameters() / dense.num_parameters(), 5)}
+            | {what: self.removed(found.model, what) for what in COUNTED},
+            "perplexity": self.perplexity(found.model).value,
+            "seconds": round(seconds, 1),
+        }
+
+    def removed(self, small: Any, what: What) -> float:
+        """The share of the dense model's cost that a smaller one is without."""
+        workload = self.workload(what)
+        before, now, after = (workload.of(model) for model in (self.source.model, small, self.source.model))
+        return round(1 - now / min(before, after), 5)
+
+    def report(self) -> dict[str, Any]:
+        made = super().report() | {"command": "benchmarks/budgets.py"}
+        made["protocol"] |= {"workload": {"batch": self.args.batch, "length": self.args.length}}
+        return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", required=True, help="evaluation text")
+    parser.add_argument("--data", required=True, help="calibration text")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
+    parser.add_argument("--sparsities", nargs="*", type=float, default=(0.3, 0.5))
+    parser.add_argument("--seeds", nargs="*", type=int, default=(1,))
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--calibration-length", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of the pass that is counted")
+    parser.add_argument("--length", type=int, default=128, help="tokens of each")
+    args = parser.parse_args()
+    case = Case(args)
+    measured(args, case.report(), case.row)
+
+
+if __name__ == "__main__":
+    main()
