@@ -143,6 +143,21 @@ def test_what_a_budget_counts_is_told(results, tmp_path):
     assert "1 x 512 tokens: 25.00% less, 31.00% by the table of widths" in row.how
 
 
+@pytest.mark.parametrize(("cost", "counted"), [(None, "parameters"), ("memory", "memory")])
+def test_what_other_budgets_would_cost_is_drawn(results, tmp_path, cost, counted):
+    more = {"tradeoff": [[0.05, 0.01], [0.1, 0.03]]}
+    if cost:
+        more["cost"] = {"what": cost, "batch": 1, "length": 8, "sparsity": 0.1, "dense": 100, "pruned": 88}
+    (read,) = report.read_runs([write(tmp_path / "curve", changed(results, **more))])
+    (axes,) = next(picture for _, picture in report.drawn([read]) if picture.name == "tradeoff").figure.axes
+    assert axes.get_xlabel() == f"{counted} removed [%]"
+    curve, here = axes.lines
+    assert curve.get_xydata().tolist() == [[0, 0], [5, 0.01], [10, 0.03]]
+    assert here.get_xdata()[0] == pytest.approx(12 if cost else 100 * results["params"]["sparsity"])
+    (read,) = report.read_runs([write(tmp_path / "none", results)])
+    assert "tradeoff" not in [picture.name for _, picture in report.drawn([read])]
+
+
 def test_what_was_not_measured_is_no_number(results, tmp_path):
     bare = {name: results[name] for name in ("schema", "command", "model", "protocol", "params")}
     (read,) = report.read_runs([write(tmp_path / "bare", bare)])

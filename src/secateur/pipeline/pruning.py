@@ -227,8 +227,10 @@ def _cut(
         result = auto.run(source.model, batches, ours, clock.begin, _tell)
         results |= {"choice": dict(result.choice)} if result.choice else {}
         results |= {"criteria": dict(result.criteria)} if len(ours.criteria) > 1 else {}
+        allocated = result.plan.provenance["allocation"]
         if ours.workload:
-            results["cost"] = asdict(ours.workload) | dict(result.plan.provenance["allocation"]["cost"])
+            results["cost"] = asdict(ours.workload) | dict(allocated["cost"])
+        results |= {"tradeoff": allocated["tradeoff"]} if "tradeoff" in allocated else {}
     else:
         settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
         result = llm_pruner.run(source.model, batches, settings, clock.begin)

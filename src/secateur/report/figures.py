@@ -188,6 +188,28 @@ def _sparsity(run: Run) -> Iterator[Picture]:
     yield Picture("perplexity", "Perplexity against sparsity", told, figure)
 
 
+def _tradeoff(run: Run) -> Iterator[Picture]:
+    """What other budgets were expected to cost."""
+    cut = run.cuts[-1] if run.cuts else None
+    if cut is None or not cut.tradeoff:
+        return
+    shares, losses = zip(*((0.0, 0.0), *cut.tradeoff), strict=True)
+    gone, counted = cut.params["sparsity"], "parameters"
+    if cut.cost:
+        gone, counted = 1 - cut.cost.pruned / cut.cost.dense, cut.cost.what.replace("macs", "MACs")
+    figure, (axes,) = new_figure()
+    axes.plot([100 * share for share in shares], losses, label="expected", **styles(["expected"])["expected"])
+    axes.axvline(100 * gone, color=SERIES[1], linestyle=":", label="this cut")
+    axes.set(xlabel=f"{counted} removed [%]", ylabel="loss above dense\n[nats/token]")
+    axes.set_xlim(left=-2)
+    legend(figure, axes)
+    told = (
+        "What the cheapest widths were expected to cost before any training, from the measurements of this cut: the "
+        "sum of what each group costs alone. Losses do more than add up where much goes, so there it is too low."
+    )
+    yield Picture("tradeoff", "What other budgets would cost", told, figure)
+
+
 def _losses(run: Run) -> Iterator[Picture]:
     """Training loss over steps, and what went meanwhile."""
     for name, training in run.trainings.items():
@@ -272,5 +294,5 @@ def _knowledge(run: Run) -> Iterator[Picture]:
 
 
 DRAWN: tuple[Callable[[Run], Iterator[Picture]], ...] = (
-    _widths, _sparsity, _importance, _losses, _mix, _ranks, _knowledge,
+    _widths, _sparsity, _tradeoff, _importance, _losses, _mix, _ranks, _knowledge,
 )  # fmt: skip

@@ -190,6 +190,7 @@ class Results(Facts):
     kinds: dict[str, Share] = {}
     choice: dict[str, Any] | None = None
     cost: Cost | None = None
+    tradeoff: tuple[tuple[float, float], ...] = ()
     widths: tuple[Width, ...] = ()
     importance: tuple[Importance, ...] = ()
     left_whole: dict[str, str] = {}
