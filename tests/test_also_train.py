@@ -11,9 +11,10 @@ from families import make
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from secateur.config import parse_recipe
+from secateur.config import RecoverSettings, parse_recipe
 from secateur.data import load_corpus
 from secateur.errors import CheckpointError, RecipeError
+from secateur.pipeline.training_settings import recovery_settings
 from secateur.recovery import RecoverySettings, recover, with_adapters
 from secateur.recovery.also_trained import also_trained, in_float32
 
@@ -172,6 +173,13 @@ def test_embeddings_that_cannot_train_are_refused():
 
 def unknown():
     raise NotImplementedError
+
+
+@pytest.mark.parametrize(("model_type", "trained"), [("olmo", ("embeddings",)), ("llama", BOTH)])
+def test_what_holds_no_weights_is_not_said_to_train(model_type, trained):
+    """The norms of OLMo have none."""
+    settings = recovery_settings(RecoverSettings(data=["x"], also_train=BOTH), 0, zoo.tiny_model(model_type))
+    assert settings.also_train == trained
 
 
 def test_recipes():

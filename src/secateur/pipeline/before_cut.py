@@ -36,7 +36,7 @@ def adapt(source: Checkpoint, recipe: Recipe, results: Results, work: Path, resu
     if not recipe.prune.adapt:
         return source
     corpora, tokenizer = training_corpora(recipe), needs_tokenizer(source)
-    wanted = recovery_settings(recipe.recovery, recipe.seed)
+    wanted = recovery_settings(recipe.recovery, recipe.seed, source.model)
     whole = training_data(corpora, tokenizer, wanted)
     steps = round(recipe.prune.adapt * whole.steps)
     if not steps:

@@ -63,7 +63,7 @@ def recover_checkpoint(
         checkpoints.check_space(folder, checkpoints.weight_bytes(source.model))  # not only after hours of training
         results = header("recover", source, recipe)
         results["perplexity"] = {}
-        settings = recovery_settings(given, recipe.seed)
+        settings = recovery_settings(given, recipe.seed, source.model)
         if settings.distill is not None and settings.distill.hidden:
             settings = replace(settings, distill=replace(settings.distill, layers=checkpoints.layers_left(source)))
         corpora = training_corpora(recipe)
