@@ -10,7 +10,8 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	# Modules are compiled when they are first imported: to compile all that comes along takes a minute.
+	$(RUN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: setup
