@@ -7,10 +7,10 @@ RUN := $(VENV)/bin
 
 setup: $(VENV)/.installed
 
+# Modules are compiled when they are first imported: to compile all that comes along takes a minute.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	# Modules are compiled when they are first imported: to compile all that comes along takes a minute.
 	$(RUN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	touch $@
 

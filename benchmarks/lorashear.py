@@ -149,14 +149,12 @@ def cut_of(method: str, model: Any, tokens: torch.Tensor, sparsity: float, given
 
 
 def ours(
-    case: Case, method: str, model: Any, sparsity: float, settings: RecoverySettings, given: dict[str, Any],
-    folder: Path,
-) -> Any:  # fmt: skip
+    case: Case, method: str, sparsity: float, settings: RecoverySettings, given: dict[str, Any], folder: Path
+) -> Any:
     """The model adapted, cut and recovered, as `prune --recover-steps` does it by default."""
     options, tokenizer, text = dict(given), case.source.tokenizer, case.train
     before = round(options.pop("adapt", ADAPT) * settings.steps)
-    if before:
-        model = case.adapted(replace(settings, steps=before, mix="proportional", distill=None))
+    model = case.adapted(replace(settings, steps=before, mix="proportional", distill=None))
     tokens = sc.calibration_tokens(case.pooled, tokenizer, CALIBRATION_OF_AUTO, case.args.seq_len, settings.seed)
     small = cut_of(method, model, tokens, sparsity, options)
     rest = replace(settings, steps=settings.steps - before)
@@ -173,10 +171,11 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
     if as_ours and knows:
         raise ValueError(f"{method}: what an analysis finds is for the other methods")
     whole = {"also_train": ALSO_TRAIN} if as_ours else {}
-    model, settings = copy.deepcopy(case.source.model), settings_of(args, seed, {"mix": mix, **whole, **recovery_given})
+    settings = settings_of(args, seed, {"mix": mix, **whole, **recovery_given})
+    model = None if as_ours else copy.deepcopy(case.source.model)
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(sources, "HELD_OUT_MOST", held_out):
         if as_ours:
-            small = ours(case, name, model, sparsity, settings, pruning_given, Path(folder))
+            small = ours(case, name, sparsity, settings, pruning_given, Path(folder))
         elif name == "llm-pruner":
             tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, args.samples, args.seq_len, seed)
             options = {"uniform": not protect, **pruning_given}
@@ -234,13 +233,13 @@ class Case:
 
     def adapted(self, settings: RecoverySettings) -> Any:
         """A copy of the dense model after the steps before the cut, which are taken once for all cuts from a seed."""
-        if settings not in self._adapted:
+        if settings.steps and settings not in self._adapted:
             first = replace(settings, seed=settings.seed + SEED)
             model = copy.deepcopy(self.source.model)
             with tempfile.TemporaryDirectory() as folder:
                 found = sc.recover(model, self.source.tokenizer, self.train, first, Path(folder))
             self._adapted = {settings: found.model}
-        return copy.deepcopy(self._adapted[settings])
+        return copy.deepcopy(self._adapted[settings] if settings.steps else self.source.model)
 
     def perplexities(self, model: Any) -> dict[str, float]:
         args = self.args

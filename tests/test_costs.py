@@ -11,7 +11,7 @@ from secateur.allocation import Budget, allocate
 from secateur.allocation.costs import table
 from secateur.allocation.families import select_families
 from secateur.allocation.limits import Limits
-from secateur.benchmark import count_macs
+from secateur.benchmark import costs, count_macs
 from secateur.benchmark.costs import Workload
 from secateur.discovery import discover
 from secateur.errors import BudgetError
@@ -34,7 +34,7 @@ def test_the_budget_is_met_by_the_model_that_is_cut(llama, what, uniform):
     workload = Workload(what, batch=2, length=24)
     cost = workload.without(model, groups)
     plan = allocate(groups, scores, Budget(cost_sparsity=0.2), ranking="global", uniform=uniform, cost=cost)
-    dense, small = workload.of(model), workload.of(slice(model, plan, groups, reloadable=False))
+    dense, small = workload.of(model, slice(model, plan, groups, reloadable=False))
     told = plan.provenance["allocation"]["cost"]
     assert told["whole"] == dense and told["left"] == pytest.approx(small, rel=1e-6)  # both are linear in widths
     assert 1 - small / dense == pytest.approx(0.2, abs=0.03)  # the widths of this model are few
@@ -43,11 +43,36 @@ def test_the_budget_is_met_by_the_model_that_is_cut(llama, what, uniform):
 def test_macs_and_memory_are_those_that_are_counted_by_hand(llama):
     model, _ = llama
     c = model.config
-    assert Workload("macs", batch=3, length=10).of(model) == 3 * count_macs(model, 10)
+    assert Workload("macs", batch=3, length=10).of(model) == [3 * count_macs(model, 10)]
     cache = c.num_hidden_layers * 2 * c.num_key_value_heads * (c.hidden_size // c.num_attention_heads) * 2 * 10
-    assert Workload("memory", batch=2, length=10).of(model) == 4 * (model.num_parameters() + cache)
+    assert Workload("memory", batch=2, length=10).of(model) == [4 * (model.num_parameters() + cache)]
     with pytest.raises(BudgetError, match="give a shorter one"):
         Workload("latency", length=10**6).of(model)
+
+
+class Timed(torch.nn.Module):
+    """Takes so many seconds a pass of a clock that other work can slow down."""
+
+    device, config = torch.device("cpu"), None
+
+    def __init__(self, seconds, clock):
+        super().__init__()
+        self.seconds, self.clock = seconds, clock
+
+    def forward(self, input_ids, use_cache):
+        self.clock["now"] += self.seconds * self.clock["load"]
+
+
+def test_other_work_that_comes_later_makes_no_cut_slower(monkeypatch):
+    clock = {"now": 0.0, "load": 1.0}
+    whole = Timed(4.0, clock)
+    monkeypatch.setattr(costs, "now", lambda device: clock["now"])
+    monkeypatch.setattr(costs, "_without", lambda model, groups, cut: Timed(3.0, clock))
+    cost = Workload("latency").without(whole, None)
+    assert cost([{}]) == [4.0]
+    clock["load"] = 2.0
+    assert cost([{}, {"a": (1,)}]) == [4.0, 3.0]
+    assert Workload("latency").of(whole, Timed(3.0, clock)) == [8.0, 6.0]
 
 
 def test_a_table_is_what_the_model_costs_without_what_goes(llama):

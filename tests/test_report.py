@@ -9,6 +9,8 @@ from browser import CHROMIUM, WHY_NOT, Browser
 from report_runs import analysed, changed, real_run, trained, tuned, write
 
 from secateur import report
+from secateur.checkpoint import Checkpoint
+from secateur.checkpoint.lineage import earlier
 from secateur.errors import ReportError
 from secateur.plan import PruningPlan
 from secateur.report.checks import checks
@@ -119,12 +121,16 @@ def test_the_choice_of_a_form_is_told(results, tmp_path):
     (read,) = report.read_runs([write(tmp_path / "chosen", changed(results, choice=CHOICE))])
     found = chosen(read)
     assert found.rows == [
-        ["the same widths in every layer", "54.598", "0.0%", ""],
+        ["the same widths in every layer", "54.598", "", ""],
         ["widths by layer and a smaller hidden size", "49.402", "12.5%", "yes"],
     ]
     assert "32 calibration sequences" in found.told and "9.5% lower than the one taken before it" in found.told
     said = " ".join(" ".join(Page(report.page([read])).words).split())
     assert "Which form it has" in said and "widths by layer and a smaller hidden size 49.402 12.5% yes" in said
+    assert "| widths by layer and a smaller hidden size | 49.402 | 12.5% | yes |" in report.markdown([read])
+    asked = {"uniform": 4.0, "per_layer": 4.1, "sequences": 32, "chosen": "uniform"}  # the share was the user's own
+    (read,) = report.read_runs([write(tmp_path / "plain", changed(results, choice=asked))])
+    assert chosen(read).head == ["form", "perplexity", "taken"] and len(chosen(read).rows[0]) == 3
 
 
 def test_a_form_without_a_choice_says_why(results, tmp_path):
@@ -136,11 +142,20 @@ def test_a_form_without_a_choice_says_why(results, tmp_path):
 
 
 def test_what_a_budget_counts_is_told(results, tmp_path):
-    cost = {"what": "latency", "batch": 1, "length": 512, "sparsity": 0.31, "dense": 0.2, "pruned": 0.15}
-    (read,) = report.read_runs([write(tmp_path / "cost", changed(results, cost=cost))])
-    (row,) = (row for row in table(read)[1] if row.name == "Seconds of a pass")
-    assert row.cells == ("0.2", "0.15", NOT_MEASURED)
-    assert "1 x 512 tokens: 25.00% less, 31.00% by the table of widths" in row.how
+    def told(name, asked, **cost):
+        cost = {"batch": 1, "length": 512, "sparsity": 0.31} | cost
+        protocol = changed(results["protocol"], settings={f"{name}_sparsity": asked})
+        (read,) = report.read_runs([write(tmp_path / name, changed(results, cost=cost, protocol=protocol))])
+        (row,) = (row for row in table(read)[1] if "1 x 512 tokens" in row.how)
+        (check,) = (check for check in checks(read) if "1 x 512 tokens" in check.text)
+        return row.name, row.cells, check.verdict, check.text
+
+    name, cells, verdict, text = told("latency", 0.3, what="latency", dense=0.2, pruned=0.15)
+    assert (name, cells, verdict) == ("Seconds of a pass", ("0.2", "0.15", NOT_MEASURED), "note")
+    assert "30.0% were to go, 31.0% do by the table of widths, and the cut model has −25.0%" in text
+    _, cells, verdict, _ = told("memory", 0.25, what="memory", dense=8_000_000, pruned=6_000_000)
+    assert (cells, verdict) == (("8,000,000", "6,000,000", "6,000,000"), "yes")
+    assert told("mac", 0.3, what="macs", dense=100, pruned=120)[2] == "no"
 
 
 @pytest.mark.parametrize(("cost", "counted"), [(None, "parameters"), ("memory", "memory")])
@@ -153,7 +168,7 @@ def test_what_other_budgets_would_cost_is_drawn(results, tmp_path, cost, counted
     assert axes.get_xlabel() == f"{counted} removed [%]"
     curve, here = axes.lines
     assert curve.get_xydata().tolist() == [[0, 0], [5, 0.01], [10, 0.03]]
-    assert here.get_xdata()[0] == pytest.approx(12 if cost else 100 * results["params"]["sparsity"])
+    assert here.get_xdata()[0] == pytest.approx(10 if cost else 100 * results["params"]["sparsity"])
     (read,) = report.read_runs([write(tmp_path / "none", results)])
     assert "tradeoff" not in [picture.name for _, picture in report.drawn([read])]
 
@@ -217,6 +232,18 @@ def test_a_recovered_checkpoint_tells_of_its_cut(run, results):
     assert read.sparsity == results["params"]["sparsity"] and read.stages == ["dense", "pruned", "recovered"]
     assert [h.figure for h in headlines(read)][0::2] == [h.figure for h in headlines(report.read_runs([run])[0])][0::2]
     assert read.widths and read.samples and list(read.samples.continuations) == ["dense", "pruned", "recovered"]
+
+
+def test_what_the_cut_chose_is_told_of_what_is_made_from_it(results, tmp_path):
+    """Later steps keep of earlier results what a report needs."""
+    more = {"choice": CHOICE, "tradeoff": [[0.05, 0.01]],
+            "cost": {"what": "macs", "batch": 1, "length": 8, "sparsity": 0.2, "dense": 100, "pruned": 80}}  # fmt: skip
+    folder = write(tmp_path / "pruned", changed(results, command="prune", **more))
+    base = Checkpoint(None, None, str(folder), None, "llama")
+    after = changed({k: results[k] for k in ("schema", "model", "protocol")}, command="recover", before=earlier(base))
+    (read,) = report.read_runs([write(tmp_path / "recovered", after)])
+    assert chosen(read).rows and "MACs of a pass" in [row.name for row in table(read)[1]]
+    assert "tradeoff" in [picture.name for _, picture in report.drawn([read])]
 
 
 def test_compare_over_methods_ratios_and_seeds(secateur, results, run, tmp_path):

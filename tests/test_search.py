@@ -230,3 +230,18 @@ def test_the_tradeoff_comes_from_the_same_measurements():
     assert list(shares) == sorted(shares) and list(losses) == sorted(losses) and len(shares) > 8
     made = sum(measure.of(name, len(plan.removed(name))) for name in plan.kept)
     assert np.interp(0.3, shares, losses) == pytest.approx(made, rel=0.1)
+
+
+def test_the_tradeoff_is_of_the_whole_model_and_of_finite_losses():
+    groups = llama_groups(layers=4, ffn=64, kv=4, hidden=8)
+    scores, measure = random_scores(groups, KINDS, 0), Measured(groups, prices_of(groups, 1))
+    how = {"kinds": KINDS, "ranking": "search", "uniform": False, "measure": measure}
+    half = allocate(groups, scores, Budget(0.2), **how)
+    assert "tradeoff" not in allocate(groups, scores, Budget(0.4), beyond=half, **how).provenance["allocation"]
+
+    def impossible(cuts):
+        return [math.inf if any(len(u) > 40 for u in cut.values()) else v for cut, v in zip(cuts, measure(cuts))]  # noqa: B905
+
+    families = select_families(groups, scores, KINDS, Limits(uniform=False))
+    found = tradeoff(families, parameters_left(groups, families), impossible)
+    assert 0 < len(found) < len(half.provenance["allocation"]["tradeoff"]) and all(math.isfinite(v) for _, v in found)

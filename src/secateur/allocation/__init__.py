@@ -142,7 +142,8 @@ def allocate(
     if priced is not None:
         left = priced.at(counts)
         made["cost"] = {"whole": priced.whole, "left": left, "sparsity": 1 - left / priced.whole}
-    if measure is not None and not any(f.fixed for f in families):  # what those cost is not among the curves
+    # What fixed shares cost is not among the curves, and a model that is cut already costs nothing from there on.
+    if measure is not None and beyond is None and not any(f.fixed for f in families):
         made["tradeoff"] = tradeoff(families, priced or parameters_left(groups, families), measure)
     return PruningPlan(kept, units, {"allocation": made})
 

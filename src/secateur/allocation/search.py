@@ -120,8 +120,8 @@ def tradeoff(families: Sequence[Family], counted: Counted, measure: Measure) -> 
     """What the cheapest widths are expected to cost at other budgets, from the same measurements.
 
     Returns:
-        For each twentieth of what is counted, as far as it can go: the share that goes (by whole candidates, so at
-        least that much), and the sum of the losses of the families [nats per token].
+        For each twentieth of what is counted, as far as it can go and its losses are finite: the share that goes (by
+        whole candidates, so at least that much), and the sum of the losses of the families [nats per token].
     """
     chosen = curves(families, counted, measure)
     start = counted.at(np.array([f.counts[0] for f in families], dtype=np.int64))
@@ -132,7 +132,8 @@ def tradeoff(families: Sequence[Family], counted: Counted, measure: Measure) -> 
         if wanted <= sum(float(curve.saved[-1]) for curve in chosen):
             kept = cheapest(chosen, wanted)
             loss = sum(float(c.losses[c.counts == k][0]) for c, k in zip(chosen, kept, strict=True))
-            found.append((round(1 - counted.at(kept) / whole, 6), loss))
+            if np.isfinite(loss):
+                found.append((round(1 - counted.at(kept) / whole, 6), loss))
     return found
 
 

@@ -39,33 +39,40 @@ class Workload:
     batch: int = 1
     length: int = 128
 
-    def of(self, model: PreTrainedModel) -> float:
-        """The cost of a model.
+    def of(self, *models: PreTrainedModel) -> list[float]:
+        """The cost of each model; seconds are taken in turn, so that other work on the machine meets all alike.
 
         Raises:
-            BudgetError: the model has fewer positions than the workload has tokens.
+            BudgetError: a model has fewer positions than the workload has tokens.
         """
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and self.length > positions:
-            raise BudgetError(
-                f"the workload has {self.length} tokens, and the model takes {positions}: give a shorter one"
-            )
-        measures: dict[str, Callable[[PreTrainedModel], float]] = {
-            "macs": lambda m: self.batch * count_macs(m, self.length),
-            "memory": self._bytes,
+        for model in models:
+            positions = getattr(model.config, "max_position_embeddings", None)
+            if positions is not None and self.length > positions:
+                raise BudgetError(
+                    f"the workload has {self.length} tokens, and the model takes {positions}: give a shorter one"
+                )
+        measures: dict[str, Callable[[Sequence[PreTrainedModel]], list[float]]] = {
+            "macs": lambda found: [float(self.batch * count_macs(m, self.length)) for m in found],
+            "memory": lambda found: [self._bytes(m) for m in found],
             "latency": self._seconds,
         }
-        return measures[self.what](model)
+        return measures[self.what](models)
 
     def without(self, model: PreTrainedModel, groups: Groups) -> Cost:
-        """The costs of a model without some units, none of them measured twice."""
+        """The costs of a model without some units, none of them measured twice.
+
+        Seconds are those of the whole model, once, times the ratio to it of a smaller one measured in turn with it.
+        """
         known: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}
 
         def cost(cuts: Sequence[Removed]) -> list[float]:
+            if () not in known:
+                (known[()],) = self.of(model)
             keys = [tuple(sorted(cut.items())) for cut in cuts]
             for key, cut in zip(keys, cuts, strict=True):
                 if key not in known:
-                    known[key] = self.of(_without(model, groups, cut) if cut else model)
+                    beside, smaller = self.of(model, _without(model, groups, cut))
+                    known[key] = known[()] * smaller / beside if self.what == "latency" else smaller
             return [known[key] for key in keys]
 
         return cost
@@ -80,18 +87,22 @@ class Workload:
         return float(weights + sum(t.numel() * size for t in kept))
 
     @torch.no_grad()
-    def _seconds(self, model: PreTrainedModel) -> float:
-        ids = torch.zeros(self.batch, self.length, dtype=torch.long, device=model.device)
-        training, taken = model.training, []
-        model.eval()
+    def _seconds(self, models: Sequence[PreTrainedModel]) -> list[float]:
+        device = models[0].device
+        ids = torch.zeros(self.batch, self.length, dtype=torch.long, device=device)
+        training = [model.training for model in models]
+        taken: list[list[float]] = [[] for _ in models]
         try:
             for _ in range(REPEATS + 1):  # the first warms up
-                begin = now(model.device)
-                model(input_ids=ids, use_cache=False)
-                taken.append(now(model.device) - begin)
+                for model, seconds in zip(models, taken, strict=True):
+                    model.eval()
+                    begin = now(device)
+                    model(input_ids=ids, use_cache=False)
+                    seconds.append(now(device) - begin)
         finally:
-            model.train(training)
-        return min(taken[1:])
+            for model, before in zip(models, training, strict=True):
+                model.train(before)
+        return [min(seconds[1:]) for seconds in taken]
 
 
 def _without(model: PreTrainedModel, groups: Groups, cut: Removed) -> PreTrainedModel:

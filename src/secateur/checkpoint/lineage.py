@@ -21,7 +21,8 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 WRITERS = ("prune", "recover", "export")  # commands whose output is a checkpoint
 STEP = (
     "schema", "command", "model", "protocol", "plan", "params", "perplexity", "macs", "samples", "kinds", "widths",
-    "importance", "left_whole", "recovery", "tier", "export", "class", "parity", "parity_reason", "before",
+    "choice", "cost", "tradeoff", "importance", "left_whole", "recovery", "tier", "export", "class", "parity",
+    "parity_reason", "before",
 )  # fmt: skip
 # Everything but weights that belongs to a model, whoever wrote it.
 BESIDE = (

@@ -62,9 +62,8 @@ def prepare_training(
         SecateurError: for anything wrong with the input.
     """
     assert recipe.recovery is not None
-    settings = replace(
-        recovery_settings(recipe.recovery, recipe.seed, source.model), patience=0
-    )  # it must reach its end
+    # It must reach its end.
+    settings = replace(recovery_settings(recipe.recovery, recipe.seed, source.model), patience=0)
     dense = dense_of(recipe, source) if recipe.recovery.dense else None
     data = training_data(corpora, needs_tokenizer(source), settings)
     clock.begin("discover")

@@ -27,6 +27,7 @@ def adapt(source: Checkpoint, recipe: Recipe, results: Results, work: Path, resu
     """
     if recipe.recovery is None:
         return source
+    clock.end()  # imports are no part of what was measured before
     from secateur.pipeline.training_settings import recovery_settings, training_corpora  # peft takes seconds
     from secateur.recovery import recover
     from secateur.recovery.also_trained import also_trained

@@ -143,7 +143,7 @@ def add_pruned(
     results["class"] = {"name": type(small).__name__, "note": class_note(source.model, small)}
     if workload := workload_of(recipe.prune):
         clock.begin("measure_cost")
-        results["cost"] |= {"dense": workload.of(source.model), "pruned": workload.of(small)}
+        results["cost"] |= dict(zip(("dense", "pruned"), workload.of(source.model, small), strict=True))
     clock.begin("evaluate_pruned")
     add_stage(results, "pruned", source, small, recipe.evaluation)
     add_macs(results, "pruned", small)

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from secateur.report.facts import NOT_MEASURED, timing_protocol, told_apart
+from secateur.report.facts import COUNTED, NOT_MEASURED, percent, timing_protocol, told_apart
 from secateur.report.reading import Run
+from secateur.report.schema import Results
+
+ASKED = {"macs": "mac_sparsity", "memory": "memory_sparsity", "latency": "latency_sparsity"}
+SHORT = 0.01  # of what is counted: widths may miss a budget by so much, between whose measured widths lines are drawn
 
 Verdict = Literal["yes", "no", "note"]
 
@@ -90,7 +94,10 @@ def _differ(difference: float) -> str:
 
 def _budget(run: Run) -> Iterator[Check]:
     """Whether the share of parameters that was asked for is the one that went."""
-    asked = (run.cuts[-1].recipe or {}).get("prune", {}).get("param_sparsity") if run.cuts else None
+    if not run.cuts:
+        return
+    yield from _cost(run.cuts[-1])
+    asked = (run.cuts[-1].recipe or {}).get("prune", {}).get("param_sparsity")
     if asked is None or run.sparsity is None:
         return
     met = f"{asked:.2%} of the parameters were to go, and {run.sparsity:.2%} went"
@@ -98,6 +105,23 @@ def _budget(run: Run) -> Iterator[Check]:
     layers = len({w.layer for w in run.widths})
     near = abs(asked - run.sparsity) * run.cuts[-1].params["dense"] <= unit * max(1, layers)
     yield Check("yes" if near else "no", f"{met}{' (whole units)' if near else ', which whole units do not explain'}.")
+
+
+def _cost(cut: Results) -> Iterator[Check]:
+    """Whether as much went as was asked for of what the budget counted, if not parameters."""
+    cost, settings = cut.cost, cut.protocol.settings
+    if cost is None or settings.get(ASKED[cost.what]) is None:
+        return
+    asked: float = settings[ASKED[cost.what]]
+    went, of = 1 - cost.pruned / cost.dense, f"{COUNTED[cost.what]} over {cost.batch} x {cost.length} tokens"
+    told = (
+        f"{of}: {asked:.1%} were to go, {cost.sparsity:.1%} do by the table of widths, and the cut model has "
+        f"{percent(-went)}"
+    )
+    if cost.what == "latency":
+        yield Check("note", f"{told}. Timings of other moments and machines give other shares.")
+    else:
+        yield Check("yes" if went >= asked - SHORT else "no", f"{told}.")
 
 
 def _speed(run: Run) -> Iterator[Check]:

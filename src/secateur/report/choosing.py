@@ -15,11 +15,13 @@ class Chosen:
 
     Attributes:
         told: why it is this one, in a sentence or two.
+        head: of the rows.
         rows: of each form that was made its name, its perplexity on the sequences set aside, the share of the hidden
-            dimension that went, and whether it was taken.
+            dimension that went if some forms are without a part of it, and whether it was taken.
     """
 
     told: str
+    head: list[str]
     rows: list[list[str]]
 
 
@@ -30,21 +32,16 @@ def chosen(run: Run) -> Chosen | None:
         return None
     forms = {form.name: form.words for form in FORMS}
     if "why" in choice:
-        return Chosen(f"{forms[choice['chosen']].capitalize()}: {choice['why']}.", [])
+        return Chosen(f"{forms[choice['chosen']].capitalize()}: {choice['why']}.", [], [])
     shares = choice.get("hidden_shares", {})
-    rows = [
-        [
-            words,
-            f"{math.exp(choice[name]):.3f}",
-            f"{shares.get(name, 0):.1%}",
-            "yes" if name == choice["chosen"] else "",
-        ]
-        for name, words in forms.items()
-        if name in choice
-    ]
+    head = ["form", "perplexity", *(["hidden dimension removed"] if shares else []), "taken"]
+    rows = []
+    for name, words in ((name, words) for name, words in forms.items() if name in choice):
+        hidden = [f"{shares[name]:.1%}" if name in shares else ""] if shares else []
+        rows.append([words, f"{math.exp(choice[name]):.3f}", *hidden, "yes" if name == choice["chosen"] else ""])
     gain = gain_in_words(choice)
     told = (
         f"Perplexity on {choice['sequences']} calibration sequences that had no part in the cut. Plainer forms come "
         "first, and one that comes later is taken only where it is surely better."
     )
-    return Chosen(f"{told} The last is {gain}." if gain else told, rows)
+    return Chosen(f"{told} The last is {gain}." if gain else told, head, rows)

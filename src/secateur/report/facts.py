@@ -12,7 +12,7 @@ from secateur.report.reading import Run
 from secateur.report.schema import Benchmark, Text
 
 NOT_MEASURED = "not measured"
-COUNTED = {"macs": "MACs of the budget", "memory": "Bytes of weights and cache", "latency": "Seconds of a pass"}
+COUNTED = {"macs": "MACs of a pass", "memory": "Bytes of weights and cache", "latency": "Seconds of a pass"}
 Tone = Literal["good", "bad", "plain", "missing"]
 
 
@@ -219,11 +219,11 @@ def _budget(run: Run, stages: list[str]) -> list[Row]:
     if cost is None:
         return []
     values = {"dense": cost.dense, "pruned": cost.pruned}
-    how = (
-        f"what the budget counts, of a pass over {cost.batch} x {cost.length} tokens: "
-        f"{1 - cost.pruned / cost.dense:.2%} less, {cost.sparsity:.2%} by the table of widths"
-    )
-    return [_row(COUNTED[cost.what], stages, values, "{:,.4g}", how)]
+    if cost.what != "latency":
+        values["recovered"] = cost.pruned  # counted by shapes, which training leaves alone
+    form = "{:.4g}" if cost.what == "latency" else "{:,.0f}"
+    how = f"what the budget counts, of a pass over {cost.batch} x {cost.length} tokens"
+    return [_row(COUNTED[cost.what], stages, values, form, how)]
 
 
 def _perplexities(run: Run, stages: list[str]) -> list[Row]:

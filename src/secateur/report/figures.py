@@ -196,16 +196,17 @@ def _tradeoff(run: Run) -> Iterator[Picture]:
     shares, losses = zip(*((0.0, 0.0), *cut.tradeoff), strict=True)
     gone, counted = cut.params["sparsity"], "parameters"
     if cut.cost:
-        gone, counted = 1 - cut.cost.pruned / cut.cost.dense, cut.cost.what.replace("macs", "MACs")
+        gone, counted = cut.cost.sparsity, cut.cost.what.replace("macs", "MACs")
     figure, (axes,) = new_figure()
     axes.plot([100 * share for share in shares], losses, label="expected", **styles(["expected"])["expected"])
-    axes.axvline(100 * gone, color=SERIES[1], linestyle=":", label="this cut")
-    axes.set(xlabel=f"{counted} removed [%]", ylabel="loss above dense\n[nats/token]")
+    if cut.cost or (cut.tier or {}).get("chosen") != "padded":  # zeros of padding count as parameters
+        axes.axvline(100 * gone, color=SERIES[1], linestyle=":", label="this cut")
+    axes.set(xlabel=f"{counted} removed [%]", ylabel="loss above uncut\n[nats/token]")
     axes.set_xlim(left=-2)
     legend(figure, axes)
     told = (
-        "What the cheapest widths were expected to cost before any training, from the measurements of this cut: the "
-        "sum of what each group costs alone. Losses do more than add up where much goes, so there it is too low."
+        "What the cheapest widths, of the form that was taken, were expected to cost before any training that follows: "
+        "the sum of what the groups cost one by one. Losses do more than add up where much goes; there it is too low."
     )
     yield Picture("tradeoff", "What other budgets would cost", told, figure)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from secateur.report.checks import checks
+from secateur.report.choosing import chosen
 from secateur.report.comparison import Comparison, compare, comparison_table
 from secateur.report.facts import headlines, summary, table, title
 from secateur.report.reading import Run
@@ -62,6 +63,9 @@ def _run(run: Run, head: str) -> list[str]:
     words = {"yes": "Checked", "no": "Take care", "note": "Note"}
     lines += [f"{head}# Can it be trusted?", ""]
     lines += [f"- {words[c.verdict]}: {plain(c.text)}" for c in checks(run)] + [""]
+    if found := chosen(run):
+        lines += [f"{head}# Which form it has", "", plain(found.told), ""]
+        lines += markdown_table(found.head, found.rows) if found.rows else []
     if samples := run.samples:
         lines += [f"{head}# What it writes ({samples.decoding}, up to {samples.new_tokens} tokens)", ""]
         by_prompt = [
