@@ -59,10 +59,7 @@ class Workload:
         return measures[self.what](models)
 
     def without(self, model: PreTrainedModel, groups: Groups) -> Cost:
-        """The costs of a model without some units, none of them measured twice.
-
-        Seconds are those of the whole model, once, times the ratio to it of a smaller one measured in turn with it.
-        """
+        """The costs of a model without some units, none of them measured twice."""
         known: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = {}
 
         def cost(cuts: Sequence[Removed]) -> list[float]:
@@ -71,11 +68,17 @@ class Workload:
             keys = [tuple(sorted(cut.items())) for cut in cuts]
             for key, cut in zip(keys, cuts, strict=True):
                 if key not in known:
-                    beside, smaller = self.of(model, _without(model, groups, cut))
-                    known[key] = known[()] * smaller / beside if self.what == "latency" else smaller
+                    known[key] = self._smaller(_without(model, groups, cut), model, known[()])
             return [known[key] for key in keys]
 
         return cost
+
+    def _smaller(self, small: PreTrainedModel, model: PreTrainedModel, whole: float) -> float:
+        """The cost of a cut model; of seconds, that of the whole one times the ratio to it, measured in turn."""
+        if self.what != "latency":
+            return self.of(small)[0]
+        dense, seconds = self.of(model, small)
+        return whole * seconds / dense
 
     def _bytes(self, model: PreTrainedModel) -> float:
         weights = sum(t.numel() * t.element_size() for t in {id(t): t for t in model.parameters()}.values())
