@@ -7,11 +7,10 @@ RUN := $(VENV)/bin
 
 setup: $(VENV)/.installed
 
-# Modules are compiled when they are first imported: to compile all that comes along takes a minute.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/python -m pip install --quiet --upgrade pip
-	$(RUN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
+	$(RUN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: setup
