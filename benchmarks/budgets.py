@@ -10,9 +10,7 @@ passes in turn.
 
 from __future__ import annotations
 
-import argparse
 import time
-from pathlib import Path
 from typing import Any, get_args
 
 import untuned
@@ -65,17 +63,7 @@ class Case(untuned.Case):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--text", required=True, help="evaluation text")
-    parser.add_argument("--data", required=True, help="calibration text")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=METHODS)
-    parser.add_argument("--sparsities", nargs="*", type=float, default=(0.3, 0.5))
-    parser.add_argument("--seeds", nargs="*", type=int, default=(1,))
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--calibration-length", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser = untuned.arguments(__doc__, methods=METHODS, sparsities=(0.3, 0.5), seeds=(1,))
     parser.add_argument("--batch", type=int, default=8, help="sequences of the pass that is counted")
     parser.add_argument("--length", type=int, default=128, help="tokens of each")
     args = parser.parse_args()

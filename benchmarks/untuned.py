@@ -148,19 +148,25 @@ def settings_of_auto(sparsity: float, options: Mapping[str, Any]) -> auto.Auto:
     return auto.Auto(sc.Budget(sparsity), **made)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """What a benchmark of cut models that are not trained is told; `defaults` of methods, sparsities and seeds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--text", required=True, help="evaluation text")
     parser.add_argument("--data", required=True, help="calibration text")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--methods", nargs="*", default=METHODS)
-    parser.add_argument("--sparsities", nargs="*", type=float, default=(0.2, 0.5))
-    parser.add_argument("--seeds", nargs="*", type=int, default=(1, 2, 3))
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--sparsities", nargs="*", type=float)
+    parser.add_argument("--seeds", nargs="*", type=int)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--calibration-length", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=128)
-    args = parser.parse_args()
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def main() -> None:
+    args = arguments(__doc__, methods=METHODS, sparsities=(0.2, 0.5), seeds=(1, 2, 3)).parse_args()
     case = Case(args)
     measured(args, case.report(), case.row)
 
