@@ -7,9 +7,11 @@ import pytest
 from families import make
 
 from secateur.discovery import discover
+from secateur.evaluation.alone import Alone
 from secateur.surgery import expressible
 from secateur.surgery.config_solver import ConfigSolver
 from secateur.surgery.field_rule import FieldRule
+from secateur.surgery.live import LiveModel
 from secateur.surgery.rule_cache import RuleCache, cache_folder
 
 KINDS = ["ffn_channel", "attention_head", "hidden"]
@@ -107,3 +109,31 @@ def test_a_folder_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert answers(make("gpt2"))[0]
+
+
+def test_what_masks_amount_to_is_known_the_second_time(fresh, monkeypatch):
+    model = make("gpt2")  # whose norms average over the hidden dimension, so that zeros there do not amount to removal
+    groups = discover(model)
+    first = Alone(model, groups, ["ffn_channel"]).masked
+    both = Alone(model, groups, ["ffn_channel", "hidden"]).masked
+    assert first == both == {g.family for g in groups.of_kinds(["ffn_channel"])}
+
+    def twin(*_):
+        raise AssertionError("tried again")
+
+    monkeypatch.setattr(LiveModel, "twin", property(twin))
+    assert Alone(model, groups, ["ffn_channel", "hidden"]).masked == both
+    RuleCache(model, groups).zeroed_file.write_text("spoiled")
+    with pytest.raises(AssertionError, match="tried again"):
+        Alone(model, groups, ["ffn_channel"])
+
+
+def test_of_code_that_may_change_nothing_is_kept_that_is_not_checked_again(fresh):
+    class Changing(type(make("llama"))):
+        pass
+
+    model = make("llama")
+    groups = discover(model)
+    model.__class__ = Changing
+    RuleCache(model, groups).save_zeroed({"hidden": True})
+    assert RuleCache(model, groups).zeroed() == {} and not list(fresh.rglob("*.zeroed.json"))

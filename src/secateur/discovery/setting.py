@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,12 +28,12 @@ def plain_forward(model: PreTrainedModel) -> Iterator[None]:
     Restored afterwards.
     """
     training, default = model.training, torch.get_default_dtype()
+    calls = _PlainDoubleCalls() if model.dtype == torch.float64 else _PlainCalls()
     model.eval()
-    precision = DoublePrecision() if model.dtype == torch.float64 else nullcontext()
     try:
         if model.dtype == torch.float64:
             torch.set_default_dtype(torch.float64)
-        with visible_implementations(model), torch.no_grad(), precision, sdpa_kernel(SDPBackend.MATH), _PlainCalls():
+        with visible_implementations(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), calls:
             yield
     finally:
         torch.set_default_dtype(default)
@@ -55,16 +54,6 @@ def visible_implementations(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for config, name, value in saved:
             setattr(config, name, value)
-
-
-class DoublePrecision(TorchDispatchMode):
-    """Keeps computations in float64 that a model would do in float32 (norms, rotary codes, softmax)."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if kwargs.get("dtype") is torch.float32:
-            kwargs = {**kwargs, "dtype": torch.float64}
-        return func(*args, **kwargs)
 
 
 class _PlainCalls(TorchFunctionMode):
@@ -88,6 +77,24 @@ class _PlainCalls(TorchFunctionMode):
         if func is Tensor.tolist:
             return args[0].item()
         return func(*args, **kwargs)
+
+
+class _PlainDoubleCalls(_PlainCalls):
+    """Also keeps computations in float64 that a model would do in float32 (norms, rotary codes, softmax)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is Tensor.float:
+            func, args = Tensor.to, (*args, torch.float32)
+        values = (*args, *kwargs.values())
+        if any(value is torch.float32 for value in values):
+            converts = func in (Tensor.to, Tensor.type)
+            if not (converts and args[0].dtype == torch.float32):
+                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+                kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in kwargs.items()}
+            if converts and args[0].dtype == torch.float64:  # a copy as before, since it may be changed in place
+                return args[0].clone()
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def _as_slice(index: Any) -> Any:
@@ -116,13 +123,19 @@ def unchanged(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence the library's log while sizes and settings are tried that it may not like."""
+    """Silence the library's log while sizes and settings are tried that it may not like.
+
+    A logger's level takes long to change where there are thousands of loggers, so what tries much is quiet as a whole.
+    """
     logger = logging.getLogger("transformers")
     level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    loud = level != logging.CRITICAL
+    if loud:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        if loud:
+            logger.setLevel(level)

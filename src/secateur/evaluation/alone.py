@@ -15,6 +15,7 @@ from secateur.packed import packed_weights
 from secateur.plan import PruningPlan
 from secateur.surgery import mask, slice
 from secateur.surgery.live import LiveModel
+from secateur.surgery.rule_cache import RuleCache
 from secateur.surgery.trial import TOLERANCE
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Alone:
     def __init__(self, model: PreTrainedModel, groups: Groups, kinds: Sequence[str]) -> None:
         self.model = model
         self.groups = groups
-        self.masked = frozenset(_zeroed_is_removed(model, kinds))
+        self.masked = _zeroed_is_removed(model, groups, kinds)
 
     def possible(self, group: Group) -> bool:
         """Whether the group can be cut: packed weights are masked or not at all."""
@@ -61,16 +62,22 @@ class Alone:
             yield slice(self.model, plan, self.groups, reloadable=False)
 
 
-def _zeroed_is_removed(model: PreTrainedModel, kinds: Sequence[str]) -> list[str]:
+def _zeroed_is_removed(model: PreTrainedModel, groups: Groups, kinds: Sequence[str]) -> frozenset[str]:
     """The families of these kinds whose masking gives the logits of the model without the units.
 
-    Tried on the least half of the units of each family, on a narrow twin.
+    Tried on the least half of the units of each family, on a narrow twin; what was found before is taken from disk.
     """
-    try:
-        reference = LiveModel(model).twin.reference
-    except (PlanError, DiscoveryError):
-        return []
-    return [family for family, members in reference.groups.families(kinds).items() if _same_without(reference, members)]
+    cache = RuleCache(model, groups)
+    known, wanted = cache.zeroed(), groups.families(kinds).keys()
+    if not known.keys() >= wanted:
+        try:
+            reference = LiveModel(model, groups).twin.reference
+        except (PlanError, DiscoveryError):
+            return frozenset()
+        tried = reference.groups.families(kinds)
+        known = {family: family in tried and _same_without(reference, tried[family]) for family in wanted}
+        cache.save_zeroed(known)
+    return frozenset(family for family in wanted if known[family])
 
 
 def _same_without(reference: Reference, members: Sequence[Group]) -> bool:

@@ -20,6 +20,7 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from secateur.discovery.setting import quiet_transformers
 from secateur.errors import PlanError
 from secateur.groups import Group, Groups, Kept
 from secateur.surgery.alignment import Step, smallest_step
@@ -278,6 +279,7 @@ class ConfigSolver:
         if any(g.blocks for g in members):
             yield {g.name: range(int(share * g.units)) for g in members}
 
+    @quiet_transformers()
     def _search(self, families: tuple[str, ...]) -> FieldRule | None:
         members = [self._families[f] for f in families]
         if any(g.units != m[0].units for m in members for g in m):

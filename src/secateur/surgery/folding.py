@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from secateur.discovery.setting import quiet_transformers
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -75,6 +77,7 @@ def pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
+@quiet_transformers()
 def find_folds(
     model: PreTrainedModel, small: PreTrainedModel, share: Fraction, same: Callable[[PreTrainedModel], bool]
 ) -> tuple[Fold, ...] | None:

@@ -14,6 +14,7 @@ from numpy.random import Generator
 
 from secateur.discovery import discover
 from secateur.discovery.reference import Reference
+from secateur.discovery.setting import quiet_transformers
 from secateur.errors import DiscoveryError, PlanError
 from secateur.groups import OFFERED_KINDS, Group, Groups
 from secateur.packed import packed_weights
@@ -65,6 +66,7 @@ class Proof:
         return self.route != "none"
 
 
+@quiet_transformers()
 def prove(model: PreTrainedModel, kinds: Sequence[str] = OFFERED_KINDS, seed: int = 0) -> list[Proof]:
     """Slice a quarter of the units of every family, others in each layer, and compare logits with the original.
 

@@ -5,7 +5,8 @@ rule for every family, and so kind, of units that was ever found for it: another
 first, on the shapes and the logits of its own. What a class cannot express depends on the sizes at hand, as what it can
 does (a `head_dim` that is not written, say), so whole answers belong to one class, configuration and set of groups.
 
-Both can only save time: every cut is compared with the original's logits again.
+Both can only save time: every cut is compared with the original's logits again. Not so a third kind, whether zeroed
+weights amount to removed ones, by family: it is kept of classes of transformers only, whose code is that of a version.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class RuleCache:
         }
         details = {"config": model.config.to_dict(), "groups": [(g.name, g.units, g.refusals) for g in groups]}
         self.file = cache_folder() / f"{_digest(of_class | details)}.json"
+        self.zeroed_file = self.file.with_suffix(".zeroed.json") if _is_of_transformers(model) else None
         self.class_file = cache_folder() / f"{_digest(of_class)}.json"
 
     def load(self) -> Findings:
@@ -82,6 +84,23 @@ class RuleCache:
         known = self.of_class()
         if new := [rule for rule in findings.rules.values() if rule is not None and rule not in known]:
             _write(self.class_file, {"rules": [dataclasses.asdict(rule) for rule in [*new, *known][:MAX_RULES]]})
+
+    def zeroed(self) -> dict[str, bool]:
+        """Family -> whether zeroed weights amount to removed ones, as far as it is stored."""
+        try:
+            stored = json.loads(self.zeroed_file.read_text(encoding="utf-8")) if self.zeroed_file else {}
+            return {str(family): bool(same) for family, same in stored.items()}
+        except (OSError, ValueError, AttributeError):
+            return {}
+
+    def save_zeroed(self, found: Mapping[str, bool]) -> None:
+        """Add to what `zeroed` gives."""
+        if self.zeroed_file:
+            _write(self.zeroed_file, self.zeroed() | dict(found))
+
+
+def _is_of_transformers(model: PreTrainedModel) -> bool:
+    return type(model).__module__.startswith("transformers.")
 
 
 def _digest(key: Mapping[str, Any]) -> str:
