@@ -179,29 +179,27 @@ def cheapest(chosen: Sequence[Curve], wanted: float) -> IndexArray:
     """
     whole = all(np.equal(np.round(curve.saved), curve.saved).all() for curve in chosen)
     parts = min(RESOLUTION, max(1, int(np.ceil(wanted)))) if whole else RESOLUTION
-    losses = np.full(parts + 1, np.inf)
+    losses = np.full(parts + 1, np.inf)  # the least sum at which each number of parts is saved
     losses[0] = 0.0
-    steps: list[tuple[IndexArray, IndexArray]] = []
+    steps: list[tuple[IndexArray, list[int], list[int]]] = []
     for curve in chosen:
-        best, choice, origin = np.full(parts + 1, np.inf), *(np.zeros(parts + 1, dtype=np.int64) for _ in range(2))
-        for number, (loss, saved) in enumerate(zip(curve.losses, curve.saved, strict=True)):
-            moved = parts if wanted <= 0 else min(parts, int(saved * parts / wanted + 1e-9))
-            reached = np.minimum(np.arange(parts + 1) + moved, parts)
-            # several end at the last part: the cheapest of them
-            ends = np.arange(parts - moved, parts + 1)
-            cheap = ends[np.argmin(losses[ends])]
-            source = np.concatenate([np.arange(parts - moved), [cheap]])
-            total, place = losses[source] + loss, reached[source]
-            better = total < best[place]
-            best[place[better]], choice[place[better]], origin[place[better]] = total[better], number, source[better]
+        moves = [parts if wanted <= 0 else min(parts, int(s * parts / wanted + 1e-9)) for s in curve.saved]
+        last = [parts - moved + int(np.argmin(losses[parts - moved :])) for moved in moves]  # several end at the last
+        best, choice = np.full(parts + 1, np.inf), np.zeros(parts + 1, dtype=np.int64)
+        for number, (loss, moved, cheap) in enumerate(zip(curve.losses, moves, last, strict=True)):
+            total = np.append(losses[: parts - moved], losses[cheap]) + loss
+            better = total < best[moved:]
+            np.copyto(best[moved:], total, where=better)
+            np.copyto(choice[moved:], number, where=better)
         losses = best
-        steps.append((choice, origin))
+        steps.append((choice, moves, last))
     if not np.isfinite(losses[parts]):
         return np.array([curve.counts[-1] for curve in chosen], dtype=np.int64)
     at, found = parts, []
-    for curve, (choice, origin) in zip(reversed(chosen), reversed(steps), strict=True):
-        found.append(int(curve.counts[choice[at]]))
-        at = int(origin[at])
+    for curve, (choice, moves, last) in zip(reversed(chosen), reversed(steps), strict=True):
+        number = int(choice[at])
+        found.append(int(curve.counts[number]))
+        at = last[number] if at == parts else at - moves[number]
     return np.array(found[::-1], dtype=np.int64)
 
 
