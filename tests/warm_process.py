@@ -15,6 +15,7 @@ import traceback
 
 def serve() -> None:
     import safetensors.torch  # noqa: F401
+    import transformers.models.llama.modeling_llama  # noqa: F401  what every class of models needs, first of all
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401
 
     assert not any(name.partition(".")[0] == "secateur" for name in sys.modules)
