@@ -1,4 +1,4 @@
-"""A process that has imported what `reload_process.py` imports, and runs it in a fork for every request.
+"""A process that has imported what `reload_process.py` and most models import, and runs it in a fork for every request.
 
 The product starts a new interpreter for each checkpoint, most of whose seconds are imports. Tests check hundreds, and a
 fork of a process that has imported the same libraries, and not Secateur, is as fresh. Lines of JSON in, exit codes out.
@@ -15,7 +15,7 @@ import traceback
 
 def serve() -> None:
     import safetensors.torch  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401  what every class of models needs, first of all
+    import transformers.models.llama.modeling_llama  # noqa: F401  and with it what most models import
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: F401
 
     assert not any(name.partition(".")[0] == "secateur" for name in sys.modules)

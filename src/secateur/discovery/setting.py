@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # on fake float32 tensors; batched ones can.
 VISIBLE = {"_attn_implementation_internal": "eager", "_experts_implementation_internal": "batched_mm"}
 
+CONVERSIONS = (Tensor.to, Tensor.type)
+
 
 @contextmanager
 def plain_forward(model: PreTrainedModel) -> Iterator[None]:
@@ -80,21 +82,23 @@ class _PlainCalls(TorchFunctionMode):
 
 
 class _PlainDoubleCalls(_PlainCalls):
-    """Also keeps computations in float64 that a model would do in float32 (norms, rotary codes, softmax)."""
+    """Also keeps computations in float64 that a model would do in float32 (norms, rotary codes, softmax).
+
+    What says so by its arguments, that is; conversions inside TorchScript are not seen.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is Tensor.float:
             func, args = Tensor.to, (*args, torch.float32)
-        values = (*args, *kwargs.values())
-        if any(value is torch.float32 for value in values):
-            converts = func in (Tensor.to, Tensor.type)
-            if not (converts and args[0].dtype == torch.float32):
-                args = tuple(torch.float64 if a is torch.float32 else a for a in args)
-                kwargs = {k: torch.float64 if a is torch.float32 else a for k, a in kwargs.items()}
-            if converts and args[0].dtype == torch.float64:  # a copy as before, since it may be changed in place
-                return args[0].clone()
-        return super().__torch_function__(func, types, args, kwargs)
+        asked = any(value is torch.float32 for value in (*args, *kwargs.values()))
+        if not asked or func is Tensor.view or (func in CONVERSIONS and args[0].dtype == torch.float32):
+            return super().__torch_function__(func, types, args, kwargs)
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        kwargs = {name: torch.float64 if value is torch.float32 else value for name, value in kwargs.items()}
+        out = super().__torch_function__(func, types, args, kwargs)
+        # a conversion gives a copy, which may be changed in place
+        return out.clone() if any(out is value for value in args) else out
 
 
 def _as_slice(index: Any) -> Any:
@@ -129,7 +133,7 @@ def quiet_transformers() -> Iterator[None]:
     """
     logger = logging.getLogger("transformers")
     level = logger.level
-    loud = level != logging.CRITICAL
+    loud = level < logging.CRITICAL
     if loud:
         logger.setLevel(logging.CRITICAL)
     try:

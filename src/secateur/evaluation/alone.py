@@ -67,15 +67,15 @@ def _zeroed_is_removed(model: PreTrainedModel, groups: Groups, kinds: Sequence[s
 
     Tried on the least half of the units of each family, on a narrow twin; what was found before is taken from disk.
     """
-    cache = RuleCache(model, groups)
-    known, wanted = cache.zeroed(), groups.families(kinds).keys()
-    if not known.keys() >= wanted:
+    cache, wanted = RuleCache(model, groups), groups.families(kinds).keys()
+    known = cache.zeroed()
+    if new := wanted - known.keys():
         try:
-            reference = LiveModel(model, groups).twin.reference
+            reference = LiveModel(model).twin.reference
         except (PlanError, DiscoveryError):
             return frozenset()
         tried = reference.groups.families(kinds)
-        known = {family: family in tried and _same_without(reference, tried[family]) for family in wanted}
+        known |= {family: family in tried and _same_without(reference, tried[family]) for family in new}
         cache.save_zeroed(known)
     return frozenset(family for family in wanted if known[family])
 

@@ -53,16 +53,12 @@ class LiveModel:
         masked: what is masked in addition, a plan for `built`.
         removed: what is gone for good, a plan for `groups`.
 
-    Args:
-        model: to train.
-        groups: of its base, if they are known.
-
     Raises:
         PlanError: the adapters are of a kind that is not cut with its model.
         DiscoveryError: weights are packed in a way that is not known.
     """
 
-    def __init__(self, model: Any, groups: Groups | None = None) -> None:
+    def __init__(self, model: Any) -> None:
         if is_adapted(model) and (reason := unsupported(model)):
             raise PlanError(reason)
         known_packed(model)
@@ -70,7 +66,7 @@ class LiveModel:
         self.base: PreTrainedModel = model.get_base_model() if is_adapted(model) else model
         self.blank = blank(self.base)
         _check_layout(self.base, self.blank)
-        self.groups = groups or discover(self.blank)
+        self.groups = discover(self.blank)
         _check_mergeable(self.base, self.groups)
         self.built = self.groups
         self.masked = PruningPlan({}, {})

@@ -1,12 +1,13 @@
 """What was found out about classes and their configurations, kept on disk: searching takes seconds, reading nothing.
 
-There are two kinds of entries, under one version of Secateur, transformers and torch each. That of a class holds the
+There are three kinds of entries, under one version of Secateur, transformers and torch each. That of a class holds the
 rule for every family, and so kind, of units that was ever found for it: another configuration of the class tries these
 first, on the shapes and the logits of its own. What a class cannot express depends on the sizes at hand, as what it can
 does (a `head_dim` that is not written, say), so whole answers belong to one class, configuration and set of groups.
 
-Both can only save time: every cut is compared with the original's logits again. Not so a third kind, whether zeroed
-weights amount to removed ones, by family: it is kept of classes of transformers only, whose code is that of a version.
+Both can only save time: every cut is compared with the original's logits again. The third is not: whether zeroed
+weights amount to removed ones, by family. So it belongs to the source it was found by, and is kept only of models made
+of modules of transformers and torch, whose code is that of a version.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +51,8 @@ class RuleCache:
         }
         details = {"config": model.config.to_dict(), "groups": [(g.name, g.units, g.refusals) for g in groups]}
         self.file = cache_folder() / f"{_digest(of_class | details)}.json"
-        self.zeroed_file = self.file.with_suffix(".zeroed.json") if _is_of_transformers(model) else None
+        zeroed = cache_folder() / f"{_digest(of_class | details | {'source': _source()})}.json"
+        self.zeroed_file = zeroed if _code_is_known(model) else None
         self.class_file = cache_folder() / f"{_digest(of_class)}.json"
 
     def load(self) -> Findings:
@@ -99,8 +102,17 @@ class RuleCache:
             _write(self.zeroed_file, self.zeroed() | dict(found))
 
 
-def _is_of_transformers(model: PreTrainedModel) -> bool:
-    return type(model).__module__.startswith("transformers.")
+def _code_is_known(model: PreTrainedModel) -> bool:
+    """Whether versions say what the modules compute."""
+    return all(type(m).__module__.partition(".")[0] in ("transformers", "torch") for m in model.modules())
+
+
+@cache
+def _source() -> str:
+    """A digest of the code that finds out what zeroed weights amount to."""
+    package = Path(__file__).parents[1]
+    files = [*package.glob("discovery/*.py"), *package.glob("surgery/*.py"), package / "evaluation" / "alone.py"]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 def _digest(key: Mapping[str, Any]) -> str:
