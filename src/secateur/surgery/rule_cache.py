@@ -5,9 +5,9 @@ rule for every family, and so kind, of units that was ever found for it: another
 first, on the shapes and the logits of its own. What a class cannot express depends on the sizes at hand, as what it can
 does (a `head_dim` that is not written, say), so whole answers belong to one class, configuration and set of groups.
 
-Both can only save time: every cut is compared with the original's logits again. The third is not: whether zeroed
-weights amount to removed ones, by family. So it belongs to the source it was found by, and is kept only of models made
-of modules of transformers and torch, whose code is that of a version.
+Both can only save time: every cut is compared with the original's logits again. Not so the third, whether zeroed
+weights amount to removed ones, by family: it belongs to the source it was found by, and is kept only of models made of
+modules of transformers and torch, whose code is that of a version.
 """
 
 from __future__ import annotations
