@@ -3,6 +3,10 @@
     python benchmarks/lorashear.py demo --source fiction=books.jsonl.xz --source c4=c4.jsonl.gz ... \
         --output benchmarks/results/lorashear_demo.json
 
+The committed results are of fiction=books/train-01-of-06.jsonl.xz, essays=books/train-04-of-06.jsonl.xz#Walden,
+tinystories=tinystories_train.jsonl.xz, wikipedia=wikipedia_sample.jsonl.xz and c4=c4_sample.jsonl.gz, in this order, of
+`../shared/data/corpus`; on the bundled model with `--steps 250`.
+
 Of every source a part is set aside and never trained on; perplexities are measured on it, for the dense model first.
 Every row trains adapters for the same number of steps of the same size:
 
@@ -152,13 +156,12 @@ def ours(
     case: Case, method: str, sparsity: float, settings: RecoverySettings, given: dict[str, Any], folder: Path
 ) -> Any:
     """The model adapted, cut and recovered, as `prune --recover-steps` does it by default."""
-    options, tokenizer, text = dict(given), case.source.tokenizer, case.train
+    options, source = dict(given), case.source
     before = round(options.pop("adapt", ADAPT) * settings.steps)
     model = case.adapted(replace(settings, steps=before, mix="proportional", distill=None))
-    tokens = sc.calibration_tokens(case.pooled, tokenizer, CALIBRATION_OF_AUTO, case.args.seq_len, settings.seed)
-    small = cut_of(method, model, tokens, sparsity, options)
+    small = cut_of(method, model, case.calibration(CALIBRATION_OF_AUTO, settings.seed), sparsity, options)
     rest = replace(settings, steps=settings.steps - before)
-    return sc.recover(small, tokenizer, text, rest, folder, dense=lambda: case.source.model).model
+    return sc.recover(small, source.tokenizer, case.train, rest, folder, dense=lambda: source.model).model
 
 
 def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
@@ -177,7 +180,7 @@ def row(case: Case, method: str, sparsity: float, seed: int) -> dict[str, Any]:
         if as_ours:
             small = ours(case, name, sparsity, settings, pruning_given, Path(folder))
         elif name == "llm-pruner":
-            tokens = sc.calibration_tokens(case.pooled, case.source.tokenizer, args.samples, args.seq_len, seed)
+            tokens = case.calibration(args.samples, seed)
             options = {"uniform": not protect, **pruning_given}
             wanted = LLMPruner(sc.Budget(sparsity), Taylor(order=1), protect=protect, **options)
             less = llm_pruner(model, [tokens], wanted).model
@@ -224,12 +227,21 @@ class Case:
         self.pooled = replace(self.train[0], name="all", rows=pieces)
         self.dense = self.perplexities(self.source.model)
         self._adapted: dict[RecoverySettings, Any] = {}
+        self._calibration: dict[tuple[int, int], torch.Tensor] = {}
         self.protect: tuple[str, ...] = ()
         if any(KNOWLEDGE in method for method in args.methods):
             found = sc.knowledge_distribution(
                 self.source.model, self.source.tokenizer, self.pooled, seq_len=args.seq_len
             )
             self.protect = tuple(found.most_sensitive(args.protect_share))
+
+    def calibration(self, samples: int, seed: int) -> torch.Tensor:
+        """Token ids of all sources pooled, [samples, seq_len], drawn once for all cuts from a seed."""
+        if (samples, seed) not in self._calibration:
+            self._calibration[samples, seed] = sc.calibration_tokens(
+                self.pooled, self.source.tokenizer, samples, self.args.seq_len, seed
+            )
+        return self._calibration[samples, seed]
 
     def adapted(self, settings: RecoverySettings) -> Any:
         """A copy of the dense model after the steps before the cut, which are taken once for all cuts from a seed."""
