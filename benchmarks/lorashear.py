@@ -3,9 +3,7 @@
     python benchmarks/lorashear.py demo --source fiction=books.jsonl.xz --source c4=c4.jsonl.gz ... \
         --output benchmarks/results/lorashear_demo.json
 
-The committed results are of fiction=books/train-01-of-06.jsonl.xz, essays=books/train-04-of-06.jsonl.xz#Walden,
-tinystories=tinystories_train.jsonl.xz, wikipedia=wikipedia_sample.jsonl.xz and c4=c4_sample.jsonl.gz, in this order, of
-`../shared/data/corpus`; on the bundled model with `--steps 250`.
+The commands behind the committed results, with their texts, are in README.md of this folder.
 
 Of every source a part is set aside and never trained on; perplexities are measured on it, for the dense model first.
 Every row trains adapters for the same number of steps of the same size:
