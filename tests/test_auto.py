@@ -70,7 +70,9 @@ def test_what_is_less_plain_must_be_surely_better(gain, spread, chosen):
     assert choice.takes(forms.PER_LAYER, forms.Trial(0.0, least - gain + noise)) == (chosen == "per_layer")
     told = choice.told()
     assert told["chosen"] == chosen and told["sequences"] == 8 and told["hidden_shares"] == {"hidden": 0.25}
-    assert told["gain"] == pytest.approx(gain) and told["standard_error"] == pytest.approx(spread / 7**0.5)
+    least_plain = chosen == "per_layer"
+    assert told["over"] == "uniform" and told["gain"] == pytest.approx(1 + gain * least_plain)
+    assert told["standard_error"] == pytest.approx(spread / 7**0.5 * least_plain)
     assert (told["uniform"], told["hidden"]) == (5.0, 4.0)
 
 
@@ -86,14 +88,18 @@ def test_between_hidden_sizes_of_one_form_the_loss_alone_decides():
     assert not choice.takes(forms.HIDDEN, worse) and choice.tried[forms.HIDDEN] is finer
     told = choice.told()
     assert told["hidden"] == pytest.approx(3.899) and told["hidden_shares"] == {"hidden": 0.3}
-    assert told["gain"] == pytest.approx(0.101) and told["chosen"] == "hidden"
-    assert not choice.takes(forms.PER_LAYER, forms.Trial(0.0, least - 0.115))
-    assert choice.told()["gain"] == pytest.approx(0.014)  # of what had been taken, which was too little
+    assert (told["chosen"], told["over"]) == ("hidden", "uniform") and told["gain"] == pytest.approx(0.101)
+    assert not choice.takes(forms.PER_LAYER, forms.Trial(0.0, least - 0.115))  # too little better than what was taken
+    assert choice.told()["gain"] == pytest.approx(0.101) and choice.told()["over"] == "uniform"
     choice = forms.Choice()
     assert choice.takes(forms.UNIFORM, forms.Trial(0.0, least))
     assert not choice.takes(forms.HIDDEN, forms.Trial(0.1, least + torch.tensor([1.0, -1.2] * 4)))  # not surely better
     assert not choice.takes(forms.HIDDEN, forms.Trial(0.2, least - 0.05))  # surely, but not the best hidden size
-    assert choice.told()["hidden_shares"] == {"hidden": 0.1} and choice.told()["chosen"] == "uniform"
+    told = choice.told()
+    assert told["hidden_shares"] == {"hidden": 0.1} and (told["chosen"], told["over"]) == ("uniform", "hidden")
+    assert told["gain"] == pytest.approx(-0.1)  # the plainest, though the other has the lower loss
+    assert forms.gain_in_words(told).startswith("10.5% higher than with the same widths in every layer and a smaller")
+    assert choice.takes(forms.PER_LAYER, forms.Trial(0.0, least - 0.2)) and choice.told()["over"] == "uniform"
 
 
 @pytest.mark.parametrize(
@@ -225,12 +231,34 @@ def test_a_criterion_that_cannot_score_these_groups_is_left_out(trained, tokens,
         run(trained, [tokens], Auto(Budget(0.2), uniform=True, criteria={"gate": CRITERIA["gate"]}))
 
 
-def test_what_no_linear_module_reads_is_cut_without_compensation():
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_what_no_linear_module_reads_is_cut_without_compensation(iterations):
     """Stacked experts."""
     model = zoo.tiny_model("mixtral")
     rows = torch.randint(3, 60, (8, 24), generator=torch.Generator().manual_seed(0))
-    result = run(model, [rows], Auto(Budget(0.1), kinds=("expert_channel",)))
+    result = run(model, [rows], Auto(Budget(0.1), kinds=("expert_channel",), iterations=iterations))
     assert not result.compensated and result.model.num_parameters() < model.num_parameters()
+    assert "no linear module reads what goes" in result.fallback
+
+
+def test_where_the_dense_model_is_no_target_matrices_make_up_for_their_own_results(monkeypatch, trained, tokens):
+    def cut(model, plan, batches, how, *rest):
+        if how is not None and how.target != "current":
+            raise PlanError("its results there are no target")
+        return whole(model, plan, batches, how, *rest)
+
+    whole = auto_steps.cut
+    monkeypatch.setattr(auto_steps, "cut", cut)
+    result = run(trained, [tokens], Auto(Budget(0.2), uniform=True, kinds=("ffn_channel",)))
+    assert {c.target for c in result.compensated} == {"current"} and "no target" in result.fallback
+
+
+@pytest.mark.parametrize("iterations", ["1", "2"])
+def test_biases_that_are_not_there_are_refused(secateur, checkpoint_folder, text_file, tmp_path, iterations):
+    common = ["--sparsity", "0.3", "--calibration", text_file, "--samples", "16", "--seq-len", "32"]
+    more = ["--compensate", "bias", "--iterations", iterations]
+    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *common, *more)
+    assert code == 2 and "no linear module has a bias" in err and not (tmp_path / "a").exists()
 
 
 def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, checkpoint_folder, text_file, tmp_path):
@@ -267,6 +295,7 @@ def test_a_smaller_hidden_size_is_found_and_told(secateur, checkpoint_folder, te
         choice["hidden_shares"][choice["chosen"]], abs=1e-6
     )
     assert results["parity"]["max_logit_difference"] < 1e-4 and "and a smaller hidden size" in printed
+    assert len(results["tradeoff"]) > 5 and results["tradeoff"] == sorted(results["tradeoff"])
     perplexity = f"{math.exp(choice[choice['chosen']]):.2f} on the sequences set aside"
     assert f"and a smaller hidden size, {hidden['share']:.1%} of it gone: perplexity {perplexity}" in err
     config = json.loads((tmp_path / "a" / "config.json").read_text())

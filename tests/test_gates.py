@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 
-import numpy as np
 import pytest
 import torch
 import zoo
@@ -129,14 +128,30 @@ def test_a_layer_has_no_gate():
         score(model, discover(model).of_kinds(["ffn_channel"]), [ids(1)], Gate(), "max")
 
 
-def test_it_ranks_what_removal_costs_better_than_weights_do(trained, tokenizer, text_file):
-    """Leave-one-out on text that the model knows."""
+@pytest.fixture(scope="module")
+def removals(trained, tokenizer, text_file):
+    """Sequences that the model knows, its groups, and what each of their units costs that is left out alone."""
     text = tokenizer(text_file.read_text(encoding="utf-8"), return_tensors="pt").input_ids
     batch = text[0, : 32 * 32].view(32, 32)
-    chosen = discover(trained).of_kinds(["ffn_channel"])[:1]
-    truth = leave_one_out(trained, chosen, [batch])[chosen[0].name]
-    agreement = {
-        type(c).__name__: spearmanr(score(trained, chosen, [batch], c)[chosen[0].name], truth.abs()).statistic
-        for c in (Gate(), Taylor())
-    }
-    assert agreement["Gate"] > 0.5 and np.isfinite(agreement["Taylor"]), agreement
+    groups = discover(trained).of_kinds(["ffn_channel", "kv_group"])
+    return batch, groups, leave_one_out(trained, groups, [batch])
+
+
+def agreement(model, removals, kind, criterion):
+    """Rank correlation with what removal costs, over all units of a kind."""
+    batch, groups, truth = removals
+    chosen = [g for g in groups if g.kind == kind]
+    found = score(model, chosen, [batch], criterion)
+    return spearmanr(*(torch.cat([s[g.name] for g in chosen]) for s in (found, {n: t.abs() for n, t in truth.items()})))
+
+
+@pytest.mark.parametrize("order, ffn", [("fisher", 0.85), (1, 0.9), ("mixed", 0.95)])
+def test_it_agrees_with_what_removal_costs(trained, removals, order, ffn):
+    assert agreement(trained, removals, "ffn_channel", Gate(order)).statistic > ffn
+    assert agreement(trained, removals, "kv_group", Gate(order)).statistic > 0.75
+
+
+@pytest.mark.parametrize("gate, taylor", [("fisher", 2), (1, 1), ("mixed", 1)])
+def test_it_ranks_channels_better_than_weights_do(trained, removals, gate, taylor):
+    better, other = (agreement(trained, removals, "ffn_channel", c) for c in (Gate(gate), Taylor(order=taylor)))
+    assert better.statistic > other.statistic

@@ -114,7 +114,7 @@ def test_text_in_evaluation_and_training_is_told(run):
 
 
 CHOICE = {"uniform": 4.0, "hidden_per_layer": 3.9, "hidden_shares": {"hidden_per_layer": 0.125}, "gain": 0.1,
-          "standard_error": 0.01, "sequences": 32, "chosen": "hidden_per_layer"}  # fmt: skip
+          "standard_error": 0.01, "over": "uniform", "sequences": 32, "chosen": "hidden_per_layer"}  # fmt: skip
 
 
 def test_the_choice_of_a_form_is_told(results, tmp_path):
@@ -124,7 +124,7 @@ def test_the_choice_of_a_form_is_told(results, tmp_path):
         ["the same widths in every layer", "54.598", "", ""],
         ["widths by layer and a smaller hidden size", "49.402", "12.5%", "yes"],
     ]
-    assert "32 calibration sequences" in found.told and "9.5% lower than the one taken before it" in found.told
+    assert "32 calibration sequences" in found.told and "9.5% lower than with the same widths in" in found.told
     said = " ".join(" ".join(Page(report.page([read])).words).split())
     assert "Which form it has" in said and "widths by layer and a smaller hidden size 49.402 12.5% yes" in said
     assert "| widths by layer and a smaller hidden size | 49.402 | 12.5% | yes |" in report.markdown([read])

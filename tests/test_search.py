@@ -198,7 +198,7 @@ def test_kinds_that_share_matrices_are_refused():
 
 
 def test_with_a_share_of_the_hidden_dimension_set_widths_meet_the_rest():
-    """What is measured is without it, and the curve, which would lack what it costs, is left out."""
+    """What is measured is without it, and so is the curve."""
     groups = llama_groups(layers=2, ffn=64, kv=4, hidden=16)
     kinds = [*KINDS, "hidden"]
     searched, asked = groups.only(KINDS), []
@@ -214,7 +214,17 @@ def test_with_a_share_of_the_hidden_dimension_set_widths_meet_the_rest():
     )  # fmt: skip
     assert asked and {name for cut in asked for name in cut} <= {g.name for g in searched}
     (hidden,) = groups.of_kinds(["hidden"])
-    assert len(plan.kept[hidden.name]) == 12 and abs(plan.provenance["allocation"]["sparsity"] - 0.5) < 0.02
+    made = plan.provenance["allocation"]
+    assert len(plan.kept[hidden.name]) == 12 and abs(made["sparsity"] - 0.5) < 0.02
+    others = [kind for kind in kinds if kind != "hidden"]
+    plain = allocate(
+        groups, random_scores(groups, others, 0), Budget(0.2), kinds=others, ranking="search", measure=measure
+    )
+    assert made["tradeoff"] == plain.provenance["allocation"]["tradeoff"]  # its hidden size as it is
+    plan = allocate(
+        groups, random_scores(groups, others, 0), Budget(0.2), kinds=others, ranking="search", measure=measure,
+        kind_ratios={others[0]: 0.25},
+    )  # fmt: skip
     assert "tradeoff" not in plan.provenance["allocation"]
 
 

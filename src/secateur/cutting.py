@@ -31,6 +31,7 @@ class PruneResult:
         scores: importance per group in the whole model, at the first iteration [units].
         left_whole: family -> why it was not pruned although its kind was to be.
         compensated: the matrices that make up for what went.
+        fallback: why that is not as asked; empty if it is.
         choice: what was tried and how it was chosen from, where a method does; see there.
         criteria: group -> name of the criterion that its scores are of, where a method chooses one for each.
     """
@@ -41,6 +42,7 @@ class PruneResult:
     scores: Mapping[str, Tensor]
     left_whole: Mapping[str, str] = field(default_factory=dict)
     compensated: Sequence[Compensated] = ()
+    fallback: str = ""
     choice: Mapping[str, Any] = field(default_factory=dict)
     criteria: Mapping[str, str] = field(default_factory=dict)
 

@@ -110,8 +110,8 @@ def allocate(
 
     Returns:
         The plan; its provenance records these arguments, the sparsity and the share of each kind reached, under
-        `allocation`; of a search over all kinds the curve of what other budgets are expected to cost, too
-        (`search.tradeoff`).
+        `allocation`; of a search over all kinds but the hidden dimension the curve of what other budgets are expected
+        to cost with that as it is, too (`search.tradeoff`).
 
     Raises:
         BudgetError: the budget cannot be reached (the message says what can), a kind has no group to cut, or
@@ -143,8 +143,9 @@ def allocate(
         left = priced.at(counts)
         made["cost"] = {"whole": priced.whole, "left": left, "sparsity": 1 - left / priced.whole}
     # What fixed shares cost is not among the curves, and a model that is cut already costs nothing from there on.
-    if measure is not None and beyond is None and not any(f.fixed for f in families):
-        made["tradeoff"] = tradeoff(families, priced or parameters_left(groups, families), measure)
+    free = [f for f in families if f.kinds != ("hidden",)] if priced is None else families
+    if measure is not None and beyond is None and free and not any(f.fixed for f in free):
+        made["tradeoff"] = tradeoff(free, priced or parameters_left(groups, free), measure)
     return PruningPlan(kept, units, {"allocation": made})
 
 

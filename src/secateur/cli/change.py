@@ -225,8 +225,16 @@ def _while_training(method: str, flags: Flags) -> tuple[Flags, Flags]:
 
 
 def _at_once(method: str, flags: Flags) -> tuple[Flags, Flags | None]:
-    """The same for a method that cuts at once; no recovery if there is none to be."""
+    """The same for a method that cuts at once; no recovery if there is none to be.
+
+    Raises:
+        RecipeError: it is to resume.
+    """
+    from secateur.errors import RecipeError
+
     no_use(method, _of(flags, TRAINING) | _tuning(flags))
+    if flags["resume"]:
+        raise RecipeError(f"prune --method {method} begins anew each time; `secateur run RECIPE --resume` goes on")
     calibration = {"source": flags["calibration"], **_of(flags, ("samples", *READING))}
     scoring = _of(flags, (*SCORING, "gradient_checkpointing")) | {"calibration": calibration}
     watching, afterwards, steps = _of(flags, WATCHING), _afterwards(flags), flags["recover_steps"]

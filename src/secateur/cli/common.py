@@ -101,6 +101,9 @@ def print_results(results: dict[str, Any]) -> None:
             f"and are by {after:.1%}",
             soft_wrap=True,
         )
+    if why := results.get("compensation_fallback"):
+        instead = "target current" if made else "no compensation"
+        out.print(f"{instead} instead of what was asked for: {why}", soft_wrap=True)
     if choice := results.get("choice"):
         print_choice(choice)
     for family, reason in results.get("left_whole", {}).items():
@@ -162,7 +165,7 @@ def print_choice(choice: dict[str, Any]) -> None:
         return
     found = ", ".join(f"{math.exp(choice[name]):.3f} with {told}" for name, told in forms.items() if name in choice)
     gain = gain_in_words(choice)
-    more = f" (the last {gain})" if gain else ""
+    more = f"; that of what was taken is {gain}" if gain else ""
     out.print(
         f"{taken}: on {choice['sequences']} calibration sequences set aside the perplexity is {found}{more}",
         soft_wrap=True,

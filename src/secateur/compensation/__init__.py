@@ -17,7 +17,7 @@ than both (Arai and Ichikawa 2025, arXiv:2504.09629, have the same a for matrice
 
 Modules are taken in the order in which the model calls them. Of each matrix lambda is the one of `STRENGTHS` whose
 answer on three quarters of the sequences errs least on the last quarter; the answer is then computed on all of them.
-Sums are in float32 or better, equations are solved in float64. One pair of sums is held at a time.
+Sums are in float32 or better, equations are solved in float64. Those of one module are held at a time.
 
 `compensated` solves in the model itself, columns that go being zero (`masked`). That is not exact for the hidden
 dimension, since norms go on averaging over the zeros. Where a plan cuts it, `compensate_sliced` solves the cut model's

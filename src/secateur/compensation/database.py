@@ -36,7 +36,7 @@ Keeps = dict[str, Tensor]  # path of a linear module -> which of its inputs stay
 class Database:
     """Matrices of a model, solved for cuts of it by `ridge`, target `current`, damped by `ALONE`.
 
-    One pair of sums is held at a time, and no answer: they lie in files.
+    The sums of one module are held at a time, and no answer: they lie in files.
 
     Args:
         batches: calibration token ids, each [sequences, length].

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -73,19 +73,7 @@ def _in_dense(before: Sequence[Reader], x_of: Inputs, ids: Tensor) -> Tensor:
         before: those that have been compensated already.
         x_of: gives its inputs in the model as it is.
     """
-    with _dense(before):
+    with ExitStack() as dense:
+        for reader in before:
+            dense.enter_context(reader.as_before())
         return x_of(ids)
-
-
-@contextmanager
-def _dense(readers: Sequence[Reader]) -> Iterator[None]:
-    """The dense matrices for a while, in modules that have been compensated already."""
-    now = [(r.module.weight.detach().clone(), getattr(r.module, "bias", None)) for r in readers]  # type: ignore[operator]
-    biases = [None if bias is None else bias.detach().clone() for _, bias in now]
-    for reader in readers:
-        reader.restore()
-    try:
-        yield
-    finally:
-        for reader, (weight, _), bias in zip(readers, now, biases, strict=True):
-            reader._put(weight.T if reader.transposed else weight, bias)

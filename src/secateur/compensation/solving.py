@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,7 +22,7 @@ class Compensation:
     """How to compensate.
 
     Attributes:
-        form: `ridge` changes the columns that stay, `bias` only the bias.
+        form: `ridge` changes the columns that stay, `bias` only the bias, for which the target is always `current`.
         target: what a module is to put out: what it put out before with inputs as they are now (`current`), what the
             dense model's module puts out (`dense`), or the mean of the two (`halfway`); with the last two it takes
             twice the time, and matrices that read the hidden dimension are solved, too.
@@ -32,7 +34,7 @@ class Compensation:
     @property
     def dense_share(self) -> float:
         """Of the dense model's results in the target."""
-        return {"current": 0.0, "halfway": 0.5, "dense": 1.0}[self.target]
+        return {"current": 0.0, "halfway": 0.5, "dense": 1.0}[self.target if self.form == "ridge" else "current"]
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Compensated:
     Attributes:
         module: its path.
         strength: lambda; infinite where no change errs least, None for a bias.
+        target: what it was solved for, see `Compensation`.
         before, after: squared error of its results, relative to the results' squares, without and with compensation;
             on the sequences that chose lambda, or on all where there are none such.
     """
 
     module: str
     strength: float | None
+    target: str
     before: float
     after: float
 
@@ -80,6 +84,21 @@ class Reader:
         """Put the matrix and bias from before compensation back."""
         self._put(self.weight, self._bias)
 
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """The matrix and bias from before compensation for a while; nothing is copied."""
+        held = [(self.module.weight, self._dense)]
+        if self._bias is not None:
+            held.append((self.module.bias, self._bias))
+        now = [parameter.data for parameter, _ in held]
+        try:
+            for parameter, before in held:
+                parameter.data = before
+            yield
+        finally:
+            for (parameter, _), data in zip(held, now, strict=True):
+                parameter.data = data
+
     def solve(self, fit: Moments, check: Moments | None, how: Compensation) -> Compensated:
         """Change the module; what it errs is told."""
         whole = fit if check is None else fit + check
@@ -88,12 +107,12 @@ class Reader:
             assert self._bias is not None
             lost = (dense - plain) @ whole.mean.double()
             self._put(plain, self._bias.double() + lost)
-            return Compensated(self.path, None, whole.error(dense, plain), whole.error(dense, plain, lost))
+            return Compensated(self.path, None, "current", whole.error(dense, plain), whole.error(dense, plain, lost))
         judge = whole if check is None else check
         answers = {s: judge.error(dense, self.ridge(fit, s)) for s in (STRENGTHS if check else (ALONE,))}
         strength = min(answers, key=lambda s: answers[s])
         self._put(self.ridge(whole, strength), self._bias)
-        return Compensated(self.path, strength, judge.error(dense, plain), answers[strength])
+        return Compensated(self.path, strength, how.target, judge.error(dense, plain), answers[strength])
 
     def ridge(self, moments: Moments, strength: float) -> Tensor:
         """The matrix [out, in], zero in columns that go."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Steps:
         searched = replace(candidates, groups=tuple(g for g in candidates if not form.hidden or g.kind != "hidden"))
         ranking: RankingName = "local" if share is None else s.ranking
         shares = s.kind_ratios if not form.hidden else {} if share is None else {"hidden": share}
-        plan = PruningPlan({}, {})
+        plan, tradeoff = PruningPlan({}, {}), None
         for step in range(1, s.iterations + 1):
             with self._as_cut(plan):
                 self.on_step("score")
@@ -111,12 +111,15 @@ class Steps:
                     measure=measure and within(measure, searched),
                     cost=self.cost,
                 )
+                tradeoff = tradeoff or plan.provenance["allocation"].get("tradeoff")
+        if tradeoff is not None:  # that of the whole model
+            plan.provenance["allocation"]["tradeoff"] = tradeoff
         if form.hidden and share is not None:
             _record_tried(plan, s.budget)
-        small, done = _cut(self.model, plan, self.rows, s.compensation, self.groups, self.on_step)
+        small, done, fallback = self._cut(plan)
         first = {g.name: self.scores[g.name] for g in candidates}
         by = {g.name: self.by[g.name] for g in candidates if g.name in self.by}
-        return PruneResult(small, plan, candidates, first, left_whole, done, criteria=by)
+        return PruneResult(small, plan, candidates, first, left_whole, done, fallback, criteria=by)
 
     def _candidates(self, form: Form) -> tuple[Groups, Mapping[str, str], Expressible]:
         """The groups of a form, those that must stay whole and why, and what the class can have."""
@@ -128,13 +131,36 @@ class Steps:
             self.candidates[form] = (*found, can)
         return self.candidates[form]
 
-    def _as_cut(self, plan: PruningPlan) -> AbstractContextManager[Any]:
+    @contextmanager
+    def _as_cut(self, plan: PruningPlan) -> Iterator[None]:
         """The model as a plan leaves it: compensated, masked, or whole."""
         if not plan.kept:
-            return nullcontext()
-        if self.settings.compensation is None:
-            return mask(self.model, plan, self.groups)
-        return compensated(self.model, plan, [self.rows], self.settings.compensation, self.groups)
+            yield
+            return
+        with ExitStack() as stack:
+            for how in _ways(self.settings.compensation):
+                with suppress(PlanError):
+                    stack.enter_context(compensated(self.model, plan, [self.rows], how, self.groups))
+                    break
+            else:
+                stack.enter_context(mask(self.model, plan, self.groups))
+            yield
+
+    def _cut(self, plan: PruningPlan) -> tuple[PreTrainedModel, Sequence[Compensated], str]:
+        """Step 5: the cut model, what was solved again in it, and why that is not as asked.
+
+        Raises:
+            PlanError: biases were to be mended, and there are none.
+        """
+        refused = ""
+        for how in _ways(self.settings.compensation):
+            try:
+                return (*cut(self.model, plan, [self.rows], how, self.groups, self.on_step), refused)
+            except PlanError as error:
+                if how.form == "bias":
+                    raise
+                refused = refused or str(error)
+        return (*cut(self.model, plan, [self.rows], None, self.groups, self.on_step), refused)
 
     def _scored(self, candidates: Groups, plan: PruningPlan, part: float, measure: Measure | None) -> dict[str, Tensor]:
         """Importance in the model as it is now; units already removed rank below all others.
@@ -188,16 +214,11 @@ class Steps:
         return self.measure
 
 
-def _cut(
-    model: PreTrainedModel, plan: PruningPlan, rows: Tensor, wanted: Compensation | None, groups: Groups, on_step: Step
-) -> tuple[PreTrainedModel, Sequence[Compensated]]:
-    """Step 5; where the dense model is no target, what a matrix put out is, and where nothing can be compensated (what
-    goes is read by no linear module), nothing is."""
-    forms = () if wanted is None else (wanted, replace(wanted, target="current"))
-    for form in dict.fromkeys(forms):
-        with suppress(PlanError):
-            return cut(model, plan, [rows], form, groups, on_step)
-    return cut(model, plan, [rows], None, groups, on_step)
+def _ways(wanted: Compensation | None) -> list[Compensation]:
+    """How to compensate, and how where that is not possible: the dense model may be no target."""
+    if wanted is None:
+        return []
+    return list(dict.fromkeys([wanted, replace(wanted, target="current")]))
 
 
 def _record_tried(plan: PruningPlan, budget: Budget | None) -> None:

@@ -103,13 +103,10 @@ class Choice:
 
     taken: tuple[Form, Trial] | None = None
     tried: dict[Form, Trial] = field(default_factory=dict)  # of each form the best
-    before: Trial | None = None  # what was taken before the last form
 
     def takes(self, form: Form, trial: Trial) -> bool:
         """Whether this is the best now; `tried` holds it if it is the best of its form."""
-        if form not in self.tried:
-            self.before = self.taken and self.taken[1]
-        elif gained(self.tried[form], trial)[0] <= 0:
+        if form in self.tried and gained(self.tried[form], trial)[0] <= 0:
             return False
         self.tried[form] = trial
         if self.taken is not None:
@@ -121,30 +118,32 @@ class Choice:
 
     def told(self) -> dict[str, Any]:
         """For the results: the least mean loss by name of form [nats per token], `chosen`, `sequences`; where the
-        hidden dimension was cut, `hidden_shares` by name of form; and of the last form `gain`, how much lower its loss
-        is than that of what was taken before it, and the `standard_error` of that."""
+        hidden dimension was cut, `hidden_shares` by name of form; and `gain`, how much lower the loss of what was
+        chosen is than that of the form `over`, with the `standard_error` of that. This is the plainest form, or where
+        that was chosen, the best of the others."""
         assert self.taken is not None
+        chosen, (plainest, *others) = self.taken[0], self.tried
         found: dict[str, Any] = {form.name: float(trial.losses.mean()) for form, trial in self.tried.items()}
         shares = {form.name: trial.share for form, trial in self.tried.items() if form.hidden}
-        last = list(self.tried.values())[-1]
-        if self.before is not None:
-            gain, error = gained(self.before, last)
-            found |= {"gain": gain, "standard_error": error}
+        if others:
+            over = plainest if chosen is not plainest else min(others, key=lambda form: found[form.name])
+            gain, error = gained(self.tried[over], self.taken[1])
+            found |= {"gain": gain, "standard_error": error, "over": over.name}
         found |= {"hidden_shares": shares} if shares else {}
-        return found | {"sequences": len(last.losses), "chosen": self.taken[0].name}
+        return found | {"sequences": len(self.taken[1].losses), "chosen": chosen.name}
 
 
 def gain_in_words(choice: Mapping[str, Any]) -> str:
-    """How the last form that was made compares with what was taken before it; empty if it is the only one.
+    """How the perplexity of what was chosen compares with that of another form; empty if it is the only one.
 
     Args:
         choice: as `Choice.told` has it.
     """
-    if "gain" not in choice:
+    if "over" not in choice:
         return ""
-    change = math.exp(-choice["gain"]) - 1
+    change, words = math.exp(-choice["gain"]) - 1, next(form.words for form in FORMS if form.name == choice["over"])
     side = "lower" if change < 0 else "higher"
-    return f"{abs(change):.1%} {side} than the one taken before it, standard error {choice['standard_error']:.1%}"
+    return f"{abs(change):.1%} {side} than with {words}, standard error {choice['standard_error']:.1%}"
 
 
 def gained(before: Trial, now: Trial) -> tuple[float, float]:

@@ -231,6 +231,7 @@ def _cut(
         if ours.workload:
             results["cost"] = asdict(ours.workload) | dict(allocated["cost"])
         results |= {"tradeoff": allocated["tradeoff"]} if "tradeoff" in allocated else {}
+        results |= {"compensation_fallback": result.fallback} if result.fallback else {}
     else:
         settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
         result = llm_pruner.run(source.model, batches, settings, clock.begin)

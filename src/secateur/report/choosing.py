@@ -44,4 +44,4 @@ def chosen(run: Run) -> Chosen | None:
         f"Perplexity on {choice['sequences']} calibration sequences that had no part in the cut. Plainer forms come "
         "first, and one that comes later is taken only where it is surely better."
     )
-    return Chosen(f"{told} The last is {gain}." if gain else told, head, rows)
+    return Chosen(f"{told} That of what was taken is {gain}." if gain else told, head, rows)

@@ -205,8 +205,9 @@ def _tradeoff(run: Run) -> Iterator[Picture]:
     axes.set_xlim(left=-2)
     legend(figure, axes)
     told = (
-        "What the cheapest widths, of the form that was taken, were expected to cost before any training that follows: "
-        "the sum of what the groups cost one by one. Losses do more than add up where much goes; there it is too low."
+        "What the cheapest widths, with the hidden size as it was, were expected to cost before any training that "
+        "follows: the sum of what the groups cost one by one. Losses do more than add up where much goes; there it is "
+        "too low."
     )
     yield Picture("tradeoff", "What other budgets would cost", told, figure)
 
