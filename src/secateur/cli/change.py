@@ -32,7 +32,7 @@ Flags = dict[str, Any]
 
 # Flags by what they set, under the same names, in a recipe.
 LOADING = ("dtype", "device", "trust_remote_code", "quantize")
-SCORING = ("mode", "criterion", "reduction", "iterations", "layer_choice", "compensate")
+SCORING = ("mode", "criterion", "reduction", "iterations", "reselect", "layer_choice", "compensate")
 CUTTING = ("ranking", "uniform", "tier", "round_to", "protect_first", "protect_last", "protect_share",
            "quantize_output", "adapt")  # fmt: skip
 TUNING = ("warmup", "cooldown", "frequency", "variant", "compact_every", "push", "periods", "proxies", "merge")
@@ -77,6 +77,10 @@ def prune(
     ] = None,
     iterations: Annotated[
         int | None, typer.Option(help="Steps over which sparsity grows, scores refreshed; 8 for an adapter.")
+    ] = None,
+    reselect: Annotated[
+        bool | None,
+        typer.Option("--reselect", help="auto: choose units again block by block, in the model as cut before each."),
     ] = None,
     calibration: Annotated[str | None, typer.Option(help="Corpus name or text file.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,

@@ -69,6 +69,10 @@ class Recipe(Section):
             raise ValueError(
                 f"{name} is a budget of the method auto in block-wise mode: {self.method.name} takes param_sparsity"
             )
+        if self.prune.reselect and not self.searches:
+            raise ValueError(
+                f"reselect is of the method auto in block-wise mode: {self.method.name} chooses units once"
+            )
         if self.prune.ranking == "search" and not self.searches:
             raise ValueError(
                 f"the ranking search is of the method auto in block-wise mode: {self.method.name} takes local or global"

@@ -136,8 +136,9 @@ class PruneSettings(Section):
 
     A budget is a share of the parameters, of units, or of what a `workload` costs. Of the groups in `knowledge`, a file
     that `secateur analyze` wrote, the worst `protect_share` is left whole. With `compensate`, matrices that read what
-    goes make up for it on the calibration text (`secateur.compensation`). Where the model recovers after the cut,
-    `adapt` is the share of these steps that train it before.
+    goes make up for it on the calibration text (`secateur.compensation`). With `reselect`, units are chosen again block
+    by block, in the model as it is cut and compensated before each. Where the model recovers after the cut, `adapt` is
+    the share of these steps that train it before.
     """
 
     param_sparsity: float | None = Field(None, ge=0, lt=1)
@@ -156,6 +157,7 @@ class PruneSettings(Section):
     reduction: Literal["sum", "mean", "max", "prod", "first"] = "sum"
     ranking: Literal["local", "global", "search"] = "local"
     iterations: int = Field(1, ge=1)
+    reselect: bool = False
     gradient_checkpointing: bool = False
     adapt: float = Field(0.0, ge=0, lt=1)
     calibration: CalibrationSettings = CalibrationSettings()

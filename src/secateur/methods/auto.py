@@ -18,7 +18,8 @@
    made with smaller hidden sizes, too, as long as the loss of step 6 falls: widths of the same curves make up the rest
    of the budget.
 4. With several iterations the sparsity grows, and steps 2 and 3 are repeated in the model as it is cut and compensated
-   by then.
+   by then. Or the units of these widths are chosen again, block by block, in the model as it is cut and compensated
+   before each (`reselection`).
 5. Cut, and solve the matrices that read what went again.
 6. Of the forms the plainest is the result, unless another is surely better on the sequences set aside (`forms.Choice`).
 
@@ -66,6 +67,7 @@ class Auto:
         kinds: the kinds to prune; FFN channels and heads if empty, and the hidden dimension where that is better.
         ranking: `search`, or `local` or `global` as for LLM-Pruner.
         iterations: steps over which the sparsity grows.
+        reselect: choose the units of the widths found again, block by block (`reselection`).
         uniform: the same widths in every layer or not; None for what step 6 chooses.
         hidden: whether the hidden dimension may be cut without being among the kinds.
         compensation: None for none.
@@ -80,6 +82,7 @@ class Auto:
     kinds: tuple[str, ...] = ()
     ranking: RankingName = "search"
     iterations: int = 1
+    reselect: bool = False
     uniform: bool | None = None
     hidden: bool = True
     compensation: Compensation | None = field(default_factory=lambda: Compensation("ridge", "halfway"))

@@ -23,6 +23,7 @@ from secateur.evaluation.cut_losses import CutLosses
 from secateur.groups import Group, Groups
 from secateur.importance import score
 from secateur.methods.forms import SHORT, Form, hidden_shares
+from secateur.methods.reselection import reselected
 from secateur.plan import PruningPlan
 from secateur.schedules import linear
 from secateur.surgery import Expressible, expressible, mask, select
@@ -116,6 +117,9 @@ class Steps:
             plan.provenance["allocation"]["tradeoff"] = tradeoff
         if form.hidden and share is not None:
             _record_tried(plan, s.budget)
+        if s.reselect:
+            self.on_step("score")
+            plan = reselected(plan, searched, self._scored_again, self._as_cut)
         small, done, fallback = self._cut(plan)
         first = {g.name: self.scores[g.name] for g in candidates}
         by = {g.name: self.by[g.name] for g in candidates if g.name in self.by}
@@ -197,6 +201,15 @@ class Steps:
         share = self.settings.budget.share if self.settings.budget else 0.5
         by = cheapest_orders(groups, found, part * share, measure)
         return {name: found[criterion][name] for name, criterion in by.items()}, by
+
+    def _scored_again(self, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """Importance in the model as it is now, each group by the criterion that it had before."""
+        found: dict[str, Tensor] = {}
+        first = next(iter(self.settings.criteria))
+        for name, criterion in self.settings.criteria.items():
+            chosen = [g for g in groups if self.by.get(g.name, first) == name]
+            found |= score(self.model, chosen, [self.rows], criterion, self.settings.reduction) if chosen else {}
+        return found
 
     def _measure(self, plan: PruningPlan) -> Measure:
         """What a search measures with."""

@@ -293,6 +293,7 @@ def settings_of_auto(prune: PruneSettings, seed: int) -> auto.Auto:
         **_settings(prune),
         criteria={name: criterion_of(prune.model_copy(update={"criterion": name}), seed) for name in names},
         ranking=prune.ranking,
+        reselect=prune.reselect,
         uniform=prune.form,
         workload=workload_of(prune),
     )
