@@ -4,7 +4,8 @@
         --output benchmarks/results/untuned_stories260K.json
 
 A method is a criterion, alone or with what makes up for the cut: `gate`, `gate+ridge` (what a matrix put out before,
-with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out), `gate+ridge-halfway` (their mean).
+with inputs as they are by then), `gate+ridge-dense` (what the dense model puts out), `gate+ridge-halfway` (their mean),
+`gate+bias` (FLAP's biases alone, which the class has fields for; they count as parameters).
 Settings of the cut, or shares of kinds, may follow after a colon: `gate+ridge:uniform=false,ranking=global`,
 `gate+ridge:kv_group=0.75`, `taylor-1:kinds=[ffn_channel;kv_group;hidden]`. `auto` is our method as it comes, or with
 settings: `auto:uniform=true,iterations=3`, `auto:compensation=dense`, `auto:compensation=null`. Seeds draw the
@@ -34,6 +35,7 @@ from secateur.methods import auto
 from secateur.methods.llm_pruner import LLMPruner, run
 from secateur.pipeline import PACKAGES
 from secateur.plan import PruningPlan
+from secateur.surgery.biases import readers_of, share_with_biases, with_biases
 
 FORMS = {
     "": None,
@@ -44,6 +46,7 @@ FORMS = {
 METHODS = tuple(
     criterion + (f"+{form}" if form else "") for criterion in ("taylor-1", "taylor-2", "gate") for form in FORMS
 )
+BIAS = "bias"
 SETTINGS = {field.name for field in fields(LLMPruner)}
 
 
@@ -56,6 +59,8 @@ class Case:
         self.text, self.data = sc.load_corpus(args.text), sc.load_corpus(args.data)
         self.dense = self.perplexity(self.source.model)
         self.plans: dict[tuple[str, str, float, int], PruningPlan] = {}
+        groups = sc.discover(self.source.model)
+        self.biased, _ = with_biases(self.source.model, readers_of(groups, groups.kinds_in_blocks()))
 
     def perplexity(self, model: Any) -> Any:
         return sc.perplexity(model, self.source.tokenizer, self.text, seq_len=self.args.seq_len, batch_size=16)
@@ -64,15 +69,15 @@ class Case:
         args = self.args
         return sc.calibration_tokens(self.data, self.source.tokenizer, args.samples, args.calibration_length, seed)
 
-    def plan(self, criterion: str, given: str, sparsity: float, seed: int) -> PruningPlan:
-        """Made once for all forms of compensation."""
+    def plan(self, model: Any, criterion: str, given: str, sparsity: float, seed: int) -> PruningPlan:
+        """Made once for all forms of compensation of a model."""
         key = criterion, given, sparsity, seed
         if key not in self.plans:
             options = options_of(given)
             shares = {kind: value for kind, value in options.items() if kind not in SETTINGS}
             options = {name: value for name, value in options.items() if name in SETTINGS}
             settings = LLMPruner(sc.Budget(sparsity), CRITERIA[criterion], kind_ratios=shares, **options)
-            self.plans[key] = run(self.source.model, [self.tokens(seed)], settings).plan
+            self.plans[key] = run(model, [self.tokens(seed)], settings).plan
         return self.plans[key]
 
     def row(self, method: str, sparsity: float, seed: int) -> dict[str, Any]:
@@ -80,9 +85,13 @@ class Case:
         if name == "auto":
             return self.row_of_auto(method, given, sparsity, seed)
         criterion, _, form = name.partition("+")
-        plan = self.plan(criterion, given, sparsity, seed)
+        model, share = self.source.model, sparsity
+        if form == BIAS:
+            model, share = self.biased, share_with_biases(sparsity, model, self.biased)
+        plan = self.plan(model, criterion, given, share, seed)
         begin = time.perf_counter()
-        small, done = cut(self.source.model, plan, [self.tokens(seed)], FORMS[form])
+        how = Compensation("bias") if form == BIAS else FORMS[form]
+        small, done = cut(model, plan, [self.tokens(seed)], how)
         return {
             "method": method,
             "sparsity": sparsity,

@@ -35,9 +35,10 @@ def untuned(found: Iterable[Data]) -> list[str]:
         "",
         "`benchmarks/untuned.py`: block-wise, uniform widths, local ranking; `auto` is [our method](auto.md) as it is,",
         "or with a part replaced. `+ridge` solves the matrices that read what goes again for what they put out before,",
-        "`+ridge-dense` for what the dense model puts out, `+ridge-halfway` for the mean of the two",
-        "([how](how-it-works.md#compensate-what-stays-takes-over)); how far their results are off is the squared error",
-        "over the squares, on sequences that were not solved for, mean over matrices. Seeds draw the calibration text.",
+        "`+ridge-dense` for what the dense model puts out, `+ridge-halfway` for the mean of the two, `+bias` mends",
+        "biases alone ([how](how-it-works.md#compensate-what-stays-takes-over)); how far their results are off is the",
+        "squared error over the squares, on sequences that were not solved for, mean over matrices. Seeds draw the",
+        "calibration text.",
         "",
     ]
     return [*head, *lines] if lines else []

@@ -253,14 +253,6 @@ def test_where_the_dense_model_is_no_target_matrices_make_up_for_their_own_resul
     assert {c.target for c in result.compensated} == {"current"} and "no target" in result.fallback
 
 
-@pytest.mark.parametrize("iterations", ["1", "2"])
-def test_biases_that_are_not_there_are_refused(secateur, checkpoint_folder, text_file, tmp_path, iterations):
-    common = ["--sparsity", "0.3", "--calibration", text_file, "--samples", "16", "--seq-len", "32"]
-    more = ["--compensate", "bias", "--iterations", iterations]
-    code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *common, *more)
-    assert code == 2 and "no linear module has a bias" in err and not (tmp_path / "a").exists()
-
-
 def test_a_plain_prune_is_ours_and_every_part_can_be_switched_off(secateur, checkpoint_folder, text_file, tmp_path):
     common = ["--sparsity", "0.3", "--calibration", text_file, "--samples", "16", "--seq-len", "32"]
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "a", *common)

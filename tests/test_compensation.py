@@ -205,7 +205,6 @@ WRONG = {
         "loraprune has no use for --compensate",
     ),
     "no such form": (["--compensate", "svd"], "prune.compensate"),
-    "no biases": (["--compensate", "bias"], "no linear module has a bias"),
     "a reduction": (["--criterion", "gate", "--reduction", "max"], "leave out the reduction max"),
 }
 

@@ -94,6 +94,11 @@ def print_results(results: dict[str, Any]) -> None:
     if by := results.get("criteria"):
         told = " and ".join(f"by {name} in {count} groups" for name, count in Counter(by.values()).most_common())
         out.print(f"units: {told}, as cuts were measured to cost least", soft_wrap=True)
+    if biases := results.get("biases"):
+        fields = " and ".join(biases["fields"])
+        out.print(
+            f"biases: {fields} of the configuration gives the dense model {biases['parameters']:,} more", soft_wrap=True
+        )
     if made := results.get("compensation"):
         before, after = (sum(c[key] for c in made) / len(made) for key in ("before", "after"))
         out.print(

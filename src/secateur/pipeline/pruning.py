@@ -20,6 +20,7 @@ from secateur.compensation import Compensated, Compensation
 from secateur.config import PruneSettings, Recipe
 from secateur.cutting import cut
 from secateur.data import Corpus, calibration_tokens, load_corpus
+from secateur.discovery import discover
 from secateur.errors import BudgetError, DataError, PlanError, StreamingError
 from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Gate, Random, Taylor
@@ -42,6 +43,7 @@ from secateur.pipeline.results import (
 )
 from secateur.plan import PruningPlan
 from secateur.surgery import pad
+from secateur.surgery.biases import readers_of, share_with_biases, with_biases
 from secateur.surgery.per_layer import is_per_layer
 
 if TYPE_CHECKING:
@@ -214,16 +216,17 @@ def _cut(
 ) -> tuple[PreTrainedModel, PruningPlan]:
     """The smaller model and the plan behind it: one to replay, or one made now by scores on a text."""
     batches = [] if corpus is None else [calibration_batch(source, corpus, recipe, results)]
+    source, prune = _with_biases(source, recipe.prune, results)
     if replayed is not None:
         replayed.check_checkpoint(source.sha256)
-        small, done = cut(source.model, replayed, batches, compensation_of(recipe.prune), on_step=clock.begin)
+        small, done = cut(source.model, replayed, batches, compensation_of(prune), on_step=clock.begin)
         results |= _compensation(done) | {"widths": replayed.widths()}
         return small, _for(source, replayed)
     if recipe.searches:
         learns_hidden = (
             recipe.recovery is not None and recipe.recovery.distill is not None and recipe.recovery.distill.hidden
         )
-        ours = replace(settings_of_auto(recipe.prune, recipe.seed), protect=protect, hidden=not learns_hidden)
+        ours = replace(settings_of_auto(prune, recipe.seed), protect=protect, hidden=not learns_hidden)
         result = auto.run(source.model, batches, ours, clock.begin, _tell)
         results |= {"choice": dict(result.choice)} if result.choice else {}
         results |= {"criteria": dict(result.criteria)} if len(ours.criteria) > 1 else {}
@@ -233,7 +236,7 @@ def _cut(
         results |= {"tradeoff": allocated["tradeoff"]} if "tradeoff" in allocated else {}
         results |= {"compensation_fallback": result.fallback} if result.fallback else {}
     else:
-        settings = replace(method_settings(recipe.prune, recipe.seed), protect=protect)
+        settings = replace(method_settings(prune, recipe.seed), protect=protect)
         result = llm_pruner.run(source.model, batches, settings, clock.begin)
     results |= _compensation(result.compensated)
     results["kinds"] = result.plan.provenance["allocation"]["shares"]
@@ -241,6 +244,23 @@ def _cut(
     results["widths"] = result.plan.widths(tuple(result.groups))
     results["importance"] = summary(tuple(result.groups), result.scores)
     return result.model, result.plan
+
+
+def _with_biases(source: Checkpoint, prune: PruneSettings, results: Results) -> tuple[Checkpoint, PruneSettings]:
+    """Where biases are to be mended, the model with biases of zero, as far as its class has fields for them.
+
+    They count as parameters, so that more goes: the budget stays a share of the model without them.
+    """
+    if prune.compensate != "bias":
+        return source, prune
+    groups, dense = discover(source.model), source.model
+    model, fields = with_biases(dense, readers_of(groups, prune.kinds or groups.kinds_in_blocks()))
+    if not fields:
+        return source, prune
+    results["biases"] = {"fields": list(fields), "parameters": model.num_parameters() - dense.num_parameters()}
+    if prune.param_sparsity is not None:
+        prune = prune.model_copy(update={"param_sparsity": share_with_biases(prune.param_sparsity, dense, model)})
+    return replace(source, model=model), prune
 
 
 def _tell(form: Form, trial: Trial) -> None:
