@@ -9,11 +9,11 @@ Of every source a part is set aside and never trained on; perplexities are measu
 Every row trains adapters for the same number of steps of the same size:
 
     llm-pruner  first-order Taylor cut, then recovery on all sources pooled (static)
-    auto        our method's cut after a tenth of the steps (`adapt`), then the rest of them, norms and embeddings
-                trained whole beside the adapters; settings of it may follow after a colon, and `distill=0.9`, the
-                weight of learning from the dense model
+    auto        our method's cut, then recovery with norms and embeddings trained whole beside the adapters; settings
+                of it may follow after a colon, `distill=0.9`, the weight of learning from the dense model, and
+                `adapt=0.1`, the share of the steps before the cut
     gate+ridge  and the like: any cut of `untuned.py` in the place of `auto`'s, and all else as for `auto`; into a file
-                of their own, `recovered_cuts_MODEL.json`
+                of their own, `recovered_cuts_MODEL.json`, where `--adapt 0.1` of the steps come before any of the cuts
     loraprune   prunes while it trains, static
     lorashear   half-space steps in periods, static
     lorashear-random  the same with units drawn at random in each period
@@ -64,8 +64,7 @@ from secateur.recovery.also_trained import also_trained
 from secateur.recovery.gradual import GradualPruning
 
 METHODS = ("llm-pruner", "llm-pruner-dynamic", "loraprune", "lorashear", "lorashear-dynamic", "lorashear:push=linear")
-# defaults of auto: sequences, share of the steps before the cut, what trains whole beside the adapters
-CALIBRATION_OF_AUTO, ADAPT, ALSO_TRAIN = 128, 0.1, ("norms", "embeddings")
+CALIBRATION_OF_AUTO, ALSO_TRAIN = 128, ("norms", "embeddings")  # defaults of auto
 KNOWLEDGE, DYNAMIC = "+knowledge", "-dynamic"
 OF_THE_RECOVERY = {field.name for field in fields(RecoverySettings)} | {"held_out_most"}
 
@@ -153,9 +152,9 @@ def cut_of(method: str, model: Any, tokens: torch.Tensor, sparsity: float, given
 def ours(
     case: Case, method: str, sparsity: float, settings: RecoverySettings, given: dict[str, Any], folder: Path
 ) -> Any:
-    """The model adapted, cut and recovered, as `prune --recover-steps` does it by default."""
+    """The model cut and recovered, as `prune --recover-steps` does it by default; adapted before it if asked."""
     options, source = dict(given), case.source
-    before = round(options.pop("adapt", ADAPT) * settings.steps)
+    before = round(options.pop("adapt", case.args.adapt) * settings.steps)
     model = case.adapted(replace(settings, steps=before, mix="proportional", distill=None))
     small = cut_of(method, model, case.calibration(CALIBRATION_OF_AUTO, settings.seed), sparsity, options)
     rest = replace(settings, steps=settings.steps - before)
@@ -263,7 +262,7 @@ class Case:
         texts = {name: {"train_sha256": part.sha256, "held_out_sha256": self.held_out[name].sha256}
                  for name, part in zip(self.held_out, self.train, strict=True)}  # fmt: skip
         names = ("characters", "held_out", "samples", "seq_len", "steps", "batch_size", "rank", "learning_rate",
-                 "frequency", "periods", "warmup", "cooldown", "protect_share")  # fmt: skip
+                 "frequency", "periods", "warmup", "cooldown", "protect_share", "adapt")  # fmt: skip
         return {
             "schema": 1,
             "command": "benchmarks/lorashear.py",
@@ -309,6 +308,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=0.02)
     parser.add_argument("--cooldown", type=float, default=0.6)
     parser.add_argument("--protect-share", type=float, default=0.1)
+    parser.add_argument("--adapt", type=float, default=0.0, help="share of our steps before the cut, if a row has none")
     args = parser.parse_args()
     case = Case(args)
     measured(args, case.report(), lambda method, sparsity, seed: row(case, method, sparsity, seed))

@@ -51,9 +51,9 @@ def compared(found: Iterable[Data]) -> list[str]:
     head = [
         "## LoRAShear, and what recovers on what",
         "",
-        "`benchmarks/lorashear.py`: every row trains on the same number of tokens; `auto` takes a tenth of its steps",
-        "before the cut (`adapt`) and trains norms and embeddings beside the adapters (`also_train`), the others as",
-        "published neither. `mean` is the geometric mean over sources, `worst to dense` the largest ratio of a",
+        "`benchmarks/lorashear.py`: every row trains on the same number of tokens; `auto` trains norms and embeddings",
+        "beside the adapters (`also_train`), the others as published do not; `adapt` is the share of the steps that",
+        "come before the cut. `mean` is the geometric mean over sources, `worst to dense` the largest ratio of a",
         "source's perplexity to the dense model's; means over seeds and their standard deviations.",
         "",
     ]

@@ -4,8 +4,8 @@
         --output benchmarks/results/method_costs_demo.json
 
     llm-pruner      first-order Taylor cut on `--samples` sequences, then recovery
-    auto            a tenth of the steps, our method's cut on its 128 sequences, then the rest of the steps, norms and
-                    embeddings trained whole beside the adapters; settings may follow after a colon
+    auto            our method's cut on its 128 sequences, then recovery, norms and embeddings trained whole beside the
+                    adapters; settings may follow after a colon
     auto+distill    the same, recovery from the dense model, too
     loraprune       prunes while it trains, for as many steps
     lorashear       half-space steps while it trains, for as many steps
@@ -23,14 +23,13 @@ import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from loraprune_memory import Meter
-from lorashear import ADAPT, ALSO_TRAIN
+from lorashear import ALSO_TRAIN
 from own_process import figures_of, passed_on
 from untuned import options_of, settings_of_auto
 
@@ -86,18 +85,12 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
             small, trained = part(pruned)
             found = {"cut": None, "trained": trained}
         else:
-            options = options_of(given)
-            before = round(ADAPT * args.steps) if name.startswith("auto") else 0
+            cut, of_cut = part(lambda: made(name, options_of(given), model, source, data, args))
 
-            def recovered(from_model: Any, steps: int, **how: Any) -> Any:
-                wanted = replace(settings, steps=steps, **how)
-                return sc.recover(from_model, source.tokenizer, [data], wanted, Path(folder), dense=lambda: model).model
+            def recovered() -> Any:
+                return sc.recover(cut, source.tokenizer, [data], settings, Path(folder), dense=lambda: model).model
 
-            adapted, first = part(lambda: recovered(model, before, distill=None) if before else model)
-            cut, of_cut = part(lambda: made(name, options, adapted, source, data, args))
-            small, rest = part(lambda: recovered(cut, args.steps - before))
-            trained = {key: round(first[key] + rest[key], 2) for key in ("seconds", "wall_seconds")}
-            trained["peak_bytes"] = max(first["peak_bytes"], rest["peak_bytes"])
+            small, trained = part(recovered)
             found = {"cut": of_cut, "trained": trained}
     return found | {"reached": round(1 - small.num_parameters() / dense, 5)}
 

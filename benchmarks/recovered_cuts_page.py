@@ -26,7 +26,8 @@ def recovered_cuts(found: Iterable[Mapping[str, Any]]) -> list[str]:
             lines += [
                 f"### {data['model']['name']}, {sparsity:.0%} removed, recovered",
                 "",
-                f"{p['steps']} steps of {p['batch_size']} x {p['seq_len']} tokens, rank {p['rank']}. Dense: "
+                f"{p['steps']} steps of {p['batch_size']} x {p['seq_len']} tokens, {p['adapt']:.0%} of them before the "
+                f"cut, rank {p['rank']}. Dense: "
                 f"{data['dense']['mean']:.2f}. `auto`: {_mean(rows, 'auto')}. Seeds: "
                 f"{', '.join(map(str, sorted({r['seed'] for r in rows})))}.",
                 "",
@@ -42,8 +43,8 @@ def recovered_cuts(found: Iterable[Mapping[str, Any]]) -> list[str]:
         "## What recovery leaves of a better cut",
         "",
         "`benchmarks/lorashear.py`: cuts by every criterion, with and without compensation, in the place of `auto`'s,",
-        "and all else as for `auto`: the same steps before the cut and after it, norms and embeddings beside the",
-        "adapters. Geometric mean of the perplexities on five sources.",
+        "and all else as for `auto`: the same steps, norms and embeddings beside the adapters. Geometric mean of the",
+        "perplexities on five sources.",
         "",
     ]
     return [*head, *lines] if lines else []

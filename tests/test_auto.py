@@ -365,7 +365,7 @@ def test_a_recipe_holds_what_it_depends_on():
     assert (prune.criterion, prune.ranking, prune.compensate, prune.compensate_target) == (
         "measured", "search", "ridge", "halfway",
     )  # fmt: skip
-    assert prune.form is None and prune.calibration.samples == 128 and prune.adapt == 0.1
+    assert prune.form is None and prune.calibration.samples == 128 and prune.adapt == 0
     paper = parse_recipe({"model": {"source": "demo"}, "method": "llm-pruner", "prune": {"param_sparsity": 0.2}}).prune
     assert (paper.criterion, paper.ranking, paper.compensate) == ("taylor-1", "local", "none")
     given = parse_recipe({"model": {"source": "demo"}, "prune": {"compensate": "none", "ranking": "global"}}).prune

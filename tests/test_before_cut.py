@@ -36,14 +36,14 @@ def test_both_parts_together_are_as_many_steps_as_asked_for(secateur, flags, tmp
     assert [f.name for f in tmp_path.iterdir()] == ["a"]
 
 
-def test_auto_takes_a_tenth_and_others_none(secateur, flags, tmp_path):
+def test_nothing_is_trained_before_the_cut_unless_it_is_asked_for(secateur, flags, tmp_path):
     code, _, err = secateur(*flags, "-o", tmp_path / "a")
     assert code == 0, err
     results = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert results["adapted"]["steps"] == 1 and results["recovery"]["settings"]["steps"] == STEPS - 1
-    for name, share in (("auto", 0.1), ("llm-pruner", 0)):
+    assert "adapted" not in results and results["recovery"]["settings"]["steps"] == STEPS
+    for name in ("auto", "llm-pruner"):
         recipe = {"model": {"source": "demo"}, "method": name, "prune": {"param_sparsity": 0.2}}
-        assert parse_recipe(recipe).prune.adapt == share
+        assert parse_recipe(recipe).prune.adapt == 0
     paper = {"model": {"source": "demo"}, "method": "loraprune", "recovery": {"data": ["x"]}}
     with pytest.raises(RecipeError, match="adapt trains before a cut, and loraprune trains all along"):
         parse_recipe(paper | {"prune": {"param_sparsity": 0.2, "adapt": 0.1}})

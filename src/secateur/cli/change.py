@@ -120,7 +120,7 @@ def prune(
     recover_steps: Annotated[int | None, typer.Option(help="Recover with LoRA for this many steps afterwards.")] = None,
     adapt: Annotated[
         float | None,
-        typer.Option(help="Share of the recovery's steps that train the model before the cut; auto takes 0.1."),
+        typer.Option(help="Share of the recovery's steps that train the model before the cut; none if not given."),
     ] = None,
     data: Annotated[list[str] | None, typer.Option(help="Text to recover or train on; may be repeated.")] = None,
     mix: Mix = None,

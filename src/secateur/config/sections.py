@@ -237,7 +237,7 @@ def with_defaults_of_auto(prune: Mapping[str, Any]) -> dict[str, Any]:
     criterion = "measured" if searches else "taylor-2"
     defaults: dict[str, Any] = {"criterion": criterion} if "reduction" not in prune else {}
     if blocks:
-        defaults |= {"ranking": "search", "compensate": "ridge", "adapt": 0.1}
+        defaults |= {"ranking": "search", "compensate": "ridge"}
     found = {**defaults, **prune}
     if found.get("compensate") == "ridge":
         found.setdefault("compensate_target", "halfway")
