@@ -12,7 +12,7 @@
 
 Each runs in a process of its own, on one thread, so that its peak is its own. `peak` is resident memory beyond what
 there was with the model loaded. `seconds` are those of the processor, so that other work on the machine counts little,
-`wall_seconds` those of the clock, which are true where there is none.
+`wall_seconds` those of the clock, which it slows down.
 """
 
 from __future__ import annotations

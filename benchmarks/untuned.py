@@ -19,6 +19,7 @@ import argparse
 import time
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,13 @@ class Case:
         self.source.model.float()
         self.text, self.data = sc.load_corpus(args.text), sc.load_corpus(args.data)
         self.dense = self.perplexity(self.source.model)
-        self.plans: dict[tuple[str, str, float, int], PruningPlan] = {}
+        self.plans: dict[tuple[bool, str, str, float, int], PruningPlan] = {}
+
+    @cached_property
+    def biased(self) -> Any:
+        """The model with biases of zero."""
         groups = sc.discover(self.source.model)
-        self.biased, _ = with_biases(self.source.model, readers_of(groups, groups.kinds_in_blocks()))
+        return with_biases(self.source.model, readers_of(groups.of_kinds(groups.kinds_in_blocks())))[0]
 
     def perplexity(self, model: Any) -> Any:
         return sc.perplexity(model, self.source.tokenizer, self.text, seq_len=self.args.seq_len, batch_size=16)
@@ -71,7 +76,7 @@ class Case:
 
     def plan(self, model: Any, criterion: str, given: str, sparsity: float, seed: int) -> PruningPlan:
         """Made once for all forms of compensation of a model."""
-        key = criterion, given, sparsity, seed
+        key = model is self.source.model, criterion, given, sparsity, seed
         if key not in self.plans:
             options = options_of(given)
             shares = {kind: value for kind, value in options.items() if kind not in SETTINGS}

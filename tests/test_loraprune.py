@@ -371,7 +371,7 @@ def test_training_options_are_for_methods_that_train(secateur, checkpoint_folder
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", "0.3", "--rank", "4")
     assert code == 2 and "auto has no use for --rank" in err
     code, _, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "o", "--sparsity", "0.3", "--resume")
-    assert code == 2 and "--method auto begins anew each time; `secateur run RECIPE --resume` goes on" in err
+    assert code == 2 and "--resume: a cut at once begins anew" in err
 
 
 def test_whole_job(secateur, checkpoint_folder, text_file, tmp_path):

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from hand_groups import llama_groups
 
 from secateur.allocation import Budget
 from secateur.discovery import discover
+from secateur.errors import NonFiniteError
 from secateur.importance import Gate, score
+from secateur.methods import auto_steps
 from secateur.methods.auto import Auto, run
 from secateur.methods.reselection import reselected
 from secateur.plan import PruningPlan
@@ -49,8 +53,6 @@ def test_each_block_is_scored_in_the_model_as_it_is_cut_before_it(trained, token
 
 
 def test_with_compensation_what_was_cut_before_is_solved_again_first(trained, tokens, monkeypatch):
-    from secateur.methods import auto_steps
-
     layers = []
 
     @contextmanager
@@ -62,11 +64,13 @@ def test_with_compensation_what_was_cut_before_is_solved_again_first(trained, to
     whole = auto_steps.compensated
     monkeypatch.setattr(auto_steps, "compensated", held)
     run(trained, [tokens], Auto(Budget(0.3), {"gate": Gate()}, uniform=True, hidden=False, reselect=True))
-    assert layers == [[0], [1], [2]]
+    assert layers[:2] == [[0], [1]] and len(layers) == 2  # the last block is cut with the whole plan
 
 
 def test_what_must_stay_stays_and_what_spans_layers_is_left_alone():
     groups = llama_groups(layers=2, ffn=8, kv=4, hidden=8)
+    first = next(g for g in groups if g.kind == "ffn_channel")
+    groups = replace(groups, groups=tuple(replace(g, stays=(0,)) if g is first else g for g in groups))
     named = {g.name: g for g in groups}
     hidden = next(g.name for g in groups if g.kind == "hidden")
     ffn = [g.name for g in groups if g.kind == "ffn_channel"]
@@ -86,8 +90,36 @@ def test_what_must_stay_stays_and_what_spans_layers_is_left_alone():
 
     found = reselected(plan, groups, scored, held)
     assert asked == [(ffn[0], 0), (ffn[1], 1)] and not inside
-    assert found.kept == {hidden: (0, 1, 2), ffn[0]: (5, 6, 7), ffn[1]: (6, 7)}
+    assert found.kept == {hidden: (0, 1, 2), ffn[0]: (0, 6, 7), ffn[1]: (6, 7)}
     assert found.provenance == plan.provenance
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+def test_each_group_is_scored_by_its_own_criterion(kind, monkeypatch):
+    """Stacked experts, which cannot be compensated, too; and the model is whole again if scoring fails on the way."""
+    model = zoo.tiny_model(kind)
+    rows = torch.randint(3, 60, (16, 24), generator=torch.Generator().manual_seed(0))
+    before, asked, fails = copy.deepcopy(model.state_dict()), [], 0
+
+    def scored(model, groups, batches, criterion, reduction):
+        asked.append((type(criterion).__name__, frozenset(g.name for g in groups)))
+        if len(asked) == fails:
+            raise NonFiniteError("not finite")
+        return whole(model, groups, batches, criterion, reduction)
+
+    whole = auto_steps.score
+    monkeypatch.setattr(auto_steps, "score", scored)
+    settings = Auto(Budget(0.2), uniform=True, hidden=False, reselect=True)
+    result = run(model, [rows], settings)
+    names = {"taylor-2": "Taylor", "gate": "Gate"}
+    again = [(name, group) for name, some in asked[2:] for group in some]
+    assert again and all(names[result.criteria[group]] == name for name, group in again)
+    assert {group for _, group in again} == set(result.plan.kept)
+    fails = len(asked)
+    asked.clear()
+    with pytest.raises(NonFiniteError):
+        run(model, [rows], settings)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_from_the_command_line(secateur, checkpoint_folder, text_file, tmp_path):

@@ -110,8 +110,8 @@ def allocate(
 
     Returns:
         The plan; its provenance records these arguments, the sparsity and the share of each kind reached, under
-        `allocation`; of a search over all kinds but the hidden dimension the curve of what other budgets are expected
-        to cost with that as it is, too (`search.tradeoff`).
+        `allocation`; of a search in which no share is set, or that of the hidden dimension alone, the curve of what
+        other budgets are expected to cost with that dimension as it is, too (`search.tradeoff`).
 
     Raises:
         BudgetError: the budget cannot be reached (the message says what can), a kind has no group to cut, or

@@ -238,7 +238,9 @@ def _at_once(method: str, flags: Flags) -> tuple[Flags, Flags | None]:
 
     no_use(method, _of(flags, TRAINING) | _tuning(flags))
     if flags["resume"]:
-        raise RecipeError(f"prune --method {method} begins anew each time; `secateur run RECIPE --resume` goes on")
+        raise RecipeError(
+            "--resume: a cut at once begins anew; `secateur run RECIPE -o OUT --resume` goes on after a kill"
+        )
     calibration = {"source": flags["calibration"], **_of(flags, ("samples", *READING))}
     scoring = _of(flags, (*SCORING, "gradient_checkpointing")) | {"calibration": calibration}
     watching, afterwards, steps = _of(flags, WATCHING), _afterwards(flags), flags["recover_steps"]

@@ -96,9 +96,7 @@ def print_results(results: dict[str, Any]) -> None:
         out.print(f"units: {told}, as cuts were measured to cost least", soft_wrap=True)
     if biases := results.get("biases"):
         fields = " and ".join(biases["fields"])
-        out.print(
-            f"biases: {fields} of the configuration gives the dense model {biases['parameters']:,} more", soft_wrap=True
-        )
+        out.print(f"biases: {biases['parameters']:,} parameters, which the configuration has with {fields}")
     if made := results.get("compensation"):
         before, after = (sum(c[key] for c in made) / len(made) for key in ("before", "after"))
         out.print(
@@ -107,8 +105,8 @@ def print_results(results: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     if why := results.get("compensation_fallback"):
-        instead = "target current" if made else "no compensation"
-        out.print(f"{instead} instead of what was asked for: {why}", soft_wrap=True)
+        done = "solved for what each matrix put out itself, as" if made else "not compensated:"
+        out.print(f"{done} {why}", soft_wrap=True)
     if choice := results.get("choice"):
         print_choice(choice)
     for family, reason in results.get("left_whole", {}).items():

@@ -47,10 +47,9 @@ def reading(
                 raise PlanError(f"{path} carries an adapter: merge it before you compensate")
             keep = keeps.setdefault(path, torch.ones(groups.shapes[m.parameter][m.dim], dtype=torch.bool))
             keep[torch.from_numpy(m.index[gone].ravel())] = False
-    if how.form == "bias":
-        keeps = {p: k for p, k in keeps.items() if getattr(model.get_submodule(p), "bias", None) is not None}
-    if not keeps:
-        what = "has a bias" if how.form == "bias" else "reads what goes"
+    biased = any(getattr(model.get_submodule(path), "bias", None) is not None for path in keeps)
+    if not keeps or (how.form == "bias" and not biased):
+        what = "that reads what goes has a bias" if keeps else "reads what goes"
         raise PlanError(f"nothing to compensate: no linear module {what} (prune.compensate, --compensate)")
     return keeps
 

@@ -22,7 +22,8 @@ class Compensation:
     """How to compensate.
 
     Attributes:
-        form: `ridge` changes the columns that stay, `bias` only the bias, for which the target is always `current`.
+        form: `ridge` changes the columns that stay; `bias` only the bias, of modules that have one, and its target is
+            always `current`.
         target: what a module is to put out: what it put out before with inputs as they are now (`current`), what the
             dense model's module puts out (`dense`), or the mean of the two (`halfway`); with the last two it takes
             twice the time, and matrices that read the hidden dimension are solved, too.
@@ -104,9 +105,10 @@ class Reader:
         whole = fit if check is None else fit + check
         dense, plain = self.target.double(), self.weight.double() * self.keep.to(self.weight.device)
         if how.form == "bias":
-            assert self._bias is not None
-            lost = (dense - plain) @ whole.mean.double()
-            self._put(plain, self._bias.double() + lost)
+            lost, bias = (dense - plain) @ whole.mean.double(), self._bias
+            if bias is None:
+                lost = torch.zeros_like(lost)
+            self._put(plain, None if bias is None else bias.double() + lost)
             return Compensated(self.path, None, "current", whole.error(dense, plain), whole.error(dense, plain, lost))
         judge = whole if check is None else check
         answers = {s: judge.error(dense, self.ridge(fit, s)) for s in (STRENGTHS if check else (ALONE,))}

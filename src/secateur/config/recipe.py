@@ -71,7 +71,8 @@ class Recipe(Section):
             )
         if self.prune.reselect and not self.searches:
             raise ValueError(
-                f"reselect is of the method auto in block-wise mode: {self.method.name} chooses units once"
+                f"reselect is of the method auto in block-wise mode: leave it out, or take these ({self.method.name} "
+                f"in {self.prune.mode} mode has no widths found first)"
             )
         if self.prune.ranking == "search" and not self.searches:
             raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,7 +119,7 @@ class Steps:
             _record_tried(plan, s.budget)
         if s.reselect:
             self.on_step("score")
-            plan = reselected(plan, searched, self._scored_again, self._as_cut)
+            plan = reselected(plan, searched, self._scored_again, self._as_cut_further)
         small, done, fallback = self._cut(plan)
         first = {g.name: self.scores[g.name] for g in candidates}
         by = {g.name: self.by[g.name] for g in candidates if g.name in self.by}
@@ -135,14 +135,20 @@ class Steps:
             self.candidates[form] = (*found, can)
         return self.candidates[form]
 
-    @contextmanager
-    def _as_cut(self, plan: PruningPlan) -> Iterator[None]:
+    def _as_cut(self, plan: PruningPlan) -> AbstractContextManager[object]:
         """The model as a plan leaves it: compensated, masked, or whole."""
-        if not plan.kept:
-            yield
-            return
+        return self._cut_in_place(plan, _ways(self.settings.compensation)) if plan.kept else nullcontext()
+
+    def _as_cut_further(self, plan: PruningPlan) -> AbstractContextManager[object]:
+        """The model, in which other units may be gone already, without those of a plan, too. What the dense model puts
+        out is not to be had there, and so no target."""
+        return self._cut_in_place(plan, _ways(self.settings.compensation)[-1:])
+
+    @contextmanager
+    def _cut_in_place(self, plan: PruningPlan, ways: Sequence[Compensation]) -> Iterator[None]:
+        """The model compensated in the first of these ways that is possible, masked if none is."""
         with ExitStack() as stack:
-            for how in _ways(self.settings.compensation):
+            for how in ways:
                 with suppress(PlanError):
                     stack.enter_context(compensated(self.model, plan, [self.rows], how, self.groups))
                     break

@@ -25,21 +25,22 @@ def reselected(plan: PruningPlan, groups: Groups, scored: Scored, held: Held) ->
 
     1. Of the first block that loses units, score the groups in the model as it is.
     2. Of each group those units stay that score highest, as many as in `plan`.
-    3. Cut the block, solve what reads it again, and go on with the next.
+    3. Cut the block, solve what reads it again for what it put out itself, and go on with the next.
 
     Args:
         scored: importance of the units of some groups in the model as it is [units], higher = keep.
         held: a context in which the model is cut by a plan besides what it was cut by before.
     """
-    kept = dict(plan.kept)
+    kept, new = dict(plan.kept), dict[str, tuple[int, ...]]()
     inside = sorted((g for g in groups if g.name in kept and g.layer is not None), key=lambda g: g.layer or 0)
     with ExitStack() as earlier:
         for _, block in groupby(inside, key=lambda g: g.layer):
+            if new:
+                earlier.enter_context(held(PruningPlan(new, {name: plan.units[name] for name in new})))
             together = list(block)
             scores = scored(together)
             new = {g.name: _best(g, scores[g.name], len(kept[g.name])) for g in together}
             kept |= new
-            earlier.enter_context(held(PruningPlan(new, {name: plan.units[name] for name in new})))
     return PruningPlan(kept, plan.units, plan.provenance)
 
 

@@ -20,13 +20,13 @@ from secateur.compensation import Compensated, Compensation
 from secateur.config import PruneSettings, Recipe
 from secateur.cutting import cut
 from secateur.data import Corpus, calibration_tokens, load_corpus
-from secateur.discovery import discover
 from secateur.errors import BudgetError, DataError, PlanError, StreamingError
 from secateur.export import NOT_NEEDED, layers_of, plainest, tiers
 from secateur.importance import CRITERIA, Criterion, Gate, Random, Taylor
 from secateur.importance.summary import summary
 from secateur.methods import auto, llm_pruner
 from secateur.pipeline.before_cut import adapt, adapted_steps
+from secateur.pipeline.biases import add_biases
 from secateur.pipeline.protecting import Protection, protection
 from secateur.pipeline.reporting import check_reporting
 from secateur.pipeline.results import (
@@ -43,7 +43,6 @@ from secateur.pipeline.results import (
 )
 from secateur.plan import PruningPlan
 from secateur.surgery import pad
-from secateur.surgery.biases import readers_of, share_with_biases, with_biases
 from secateur.surgery.per_layer import is_per_layer
 
 if TYPE_CHECKING:
@@ -216,7 +215,10 @@ def _cut(
 ) -> tuple[PreTrainedModel, PruningPlan]:
     """The smaller model and the plan behind it: one to replay, or one made now by scores on a text."""
     batches = [] if corpus is None else [calibration_batch(source, corpus, recipe, results)]
-    source, prune = _with_biases(source, recipe.prune, results)
+    prune = recipe.prune
+    if prune.compensate == "bias":
+        clock.begin("discover")
+        source, prune = add_biases(source, prune, replayed, results)
     if replayed is not None:
         replayed.check_checkpoint(source.sha256)
         small, done = cut(source.model, replayed, batches, compensation_of(prune), on_step=clock.begin)
@@ -244,23 +246,6 @@ def _cut(
     results["widths"] = result.plan.widths(tuple(result.groups))
     results["importance"] = summary(tuple(result.groups), result.scores)
     return result.model, result.plan
-
-
-def _with_biases(source: Checkpoint, prune: PruneSettings, results: Results) -> tuple[Checkpoint, PruneSettings]:
-    """Where biases are to be mended, the model with biases of zero, as far as its class has fields for them.
-
-    They count as parameters, so that more goes: the budget stays a share of the model without them.
-    """
-    if prune.compensate != "bias":
-        return source, prune
-    groups, dense = discover(source.model), source.model
-    model, fields = with_biases(dense, readers_of(groups, prune.kinds or groups.kinds_in_blocks()))
-    if not fields:
-        return source, prune
-    results["biases"] = {"fields": list(fields), "parameters": model.num_parameters() - dense.num_parameters()}
-    if prune.param_sparsity is not None:
-        prune = prune.model_copy(update={"param_sparsity": share_with_biases(prune.param_sparsity, dense, model)})
-    return replace(source, model=model), prune
 
 
 def _tell(form: Form, trial: Trial) -> None:

@@ -8,14 +8,15 @@ wanted; these stay zero, and count as parameters.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from secateur.groups import Groups
+from secateur.errors import PlanError
+from secateur.groups import Group
+from secateur.packed import refuse_packed
 from secateur.surgery.shapes import Shapes, built_shapes, shapes_of
 from secateur.surgery.slicing import load_tensors
 from secateur.surgery.trial import LogitCheck
@@ -24,9 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def readers_of(groups: Groups, kinds: Collection[str]) -> frozenset[str]:
-    """Paths of the modules whose weights read units of these kinds."""
-    members = (m for g in groups.of_kinds(tuple(kinds)) for m in g.members if m.role == "consumer")
+def readers_of(groups: Iterable[Group]) -> frozenset[str]:
+    """Paths of the modules whose weights read units of these groups."""
+    members = (m for g in groups for m in g.members if m.role == "consumer")
     return frozenset(path for path, _, leaf in (m.parameter.rpartition(".") for m in members) if leaf == "weight")
 
 
@@ -37,8 +38,12 @@ def with_biases(model: PreTrainedModel, readers: Collection[str]) -> tuple[PreTr
         readers: paths of the modules that are to have biases; as many get them as the class has fields for.
 
     Returns:
-        `model` itself and no fields where that is none.
+        `model` itself and no fields where that is none. Otherwise all weights are copies.
+
+    Raises:
+        PlanError: the class computes something else with these biases, or weights are packed.
     """
+    refuse_packed(model, "given biases", PlanError)
     wanted, config = {f"{path}.bias" for path in readers}, model.config
     fields: list[str] = []
     before = shapes_of(model)
@@ -50,13 +55,17 @@ def with_biases(model: PreTrainedModel, readers: Collection[str]) -> tuple[PreTr
             config, fields, shapes = edited, [*fields, name], {**shapes, **added}
     if not fields:
         return model, ()
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in before}
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tied = {name: names[id(model.get_parameter(name))] for name in before.keys() - tensors.keys()}
+    first: dict[int, str] = {}
+    state = model.state_dict(keep_vars=True)
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
+    tensors = {name: state[name] for name in first.values()}
+    tied = {name: listed for name, listed in names.items() if name != listed}
     tensors |= {n: torch.zeros(shape, dtype=model.dtype) for n, shape in shapes.items() if n not in before}
-    biased = load_tensors(model, type(model), config, tensors, tied)
-    return (biased, tuple(fields)) if LogitCheck(model, {}).same(biased) else (model, ())
+    biased, check = load_tensors(model, type(model), config, tensors, tied), LogitCheck(model, {})
+    if not check.same(biased):
+        why = check.failure or f"logits differ by {check.difference:.2g}"
+        raise PlanError(f"{type(model).__name__} computes something else with {' and '.join(fields)}: {why}")
+    return biased, tuple(fields)
 
 
 def share_with_biases(sparsity: float, dense: PreTrainedModel, biased: PreTrainedModel) -> float:
