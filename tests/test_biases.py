@@ -67,7 +67,10 @@ def test_from_the_command_line(secateur, checkpoint_folder, trained, text_file, 
     code, printed, err = secateur("prune", checkpoint_folder, "-o", tmp_path / "bias", *given, *common)
     assert code == 0, err
     results = json.loads((tmp_path / "bias" / "results.json").read_text())
-    assert results["biases"]["fields"] == ["mlp_bias"] and "parameters, which the configuration has with mlp_bias" in printed
+    assert (
+        results["biases"]["fields"] == ["mlp_bias"]
+        and "parameters, which the configuration has with mlp_bias" in printed
+    )
     unit = 3 * (3 * 48 + 2)  # a channel of three layers, with the biases of what writes it
     assert abs(results["params"]["pruned"] - 0.7 * trained.num_parameters()) <= unit
     assert results["params"]["dense"] == trained.num_parameters()
