@@ -96,7 +96,8 @@ def print_results(results: dict[str, Any]) -> None:
         out.print(f"units: {told}, as cuts were measured to cost least", soft_wrap=True)
     if biases := results.get("biases"):
         fields = " and ".join(biases["fields"])
-        out.print(f"biases: {biases['parameters']:,} parameters, which the configuration has with {fields}")
+        told = f"biases: {biases['parameters']:,} parameters, which the configuration has with {fields}"
+        out.print(told, soft_wrap=True)
     if made := results.get("compensation"):
         before, after = (sum(c[key] for c in made) / len(made) for key in ("before", "after"))
         out.print(
